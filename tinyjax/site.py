@@ -1,0 +1,184 @@
+"""The record of one hidden dimension of a model, and the immutable collection of them.
+
+A `Site` is static data (names, shapes, roles): it holds no array, hashes, and can be closed over by a jitted function.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import overload
+
+from tinyjax.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A leaf through which a hidden dimension runs, and what the leaf does to a neuron.
+
+    Attributes:
+        layout: where the slots lie in the leaf.
+        role: `"fan_in"` (kernel of the producer), `"fan_out"` (kernel of a consumer), `"shift"` (added: biases),
+            `"scale"` (multiplies), `"mean"`, `"var"` (running statistics of a normalisation).
+    """
+
+    layout: Layout
+    role: str
+
+    @property
+    def leaf(self) -> str:
+        """Path of the leaf."""
+        return self.layout.leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A weight matrix on one side of a hidden dimension.
+
+    Attributes:
+        layout: the leaf as a matrix `(rows, cols)`; `slot` is a column factor of a producer, a row factor of a consumer.
+        bias: the vector added to the matrix product, as a `Layout` whose `cols` match the kernel's; None without bias.
+    """
+
+    layout: Layout
+    bias: Layout | None = None
+
+    @property
+    def leaf(self) -> str:
+        """Path of the kernel's leaf."""
+        return self.layout.leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A hidden dimension of a model.
+
+    A site inside a `scan` over layers has one capacity and one set of slots for all layers of the stack: slot j is free
+    when it is free in every layer.
+
+    Attributes:
+        name: the producing module's path (`"params/"` left out), or the leaf's path where a module has several kernels.
+        capacity: number of slots allocated (the size of the dimension).
+        growable: whether neurons can be added here.
+        reason: why not, in words; empty when growable.
+        members: every leaf the dimension runs through.
+        producers: kernels whose output is the dimension.
+        consumers: kernels that contract it.
+        stack: lengths of the enclosing scans over layers, outermost first; () for an ordinary site.
+    """
+
+    name: str
+    capacity: int
+    growable: bool
+    reason: str
+    members: tuple[Member, ...]
+    producers: tuple[Kernel, ...]
+    consumers: tuple[Kernel, ...]
+    stack: tuple[int, ...] = ()
+
+
+class Sites(Sequence[Site]):
+    """The hidden dimensions of a model, in the order in which the model computes them.
+
+    Indexed by position or by name; printing gives a table. `growable` keeps only the sites that can grow.
+    """
+
+    def __init__(self, sites: Iterable[Site]):
+        self._sites = tuple(sites)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Site: ...
+    @overload
+    def __getitem__(self, key: slice) -> "Sites": ...
+    def __getitem__(self, key: int | str | slice) -> "Site | Sites":
+        if isinstance(key, slice):
+            return Sites(self._sites[key])
+        if isinstance(key, int):
+            return self._sites[key]
+        for site in self._sites:
+            if site.name == key:
+                return site
+        raise KeyError(f"no site `{key}`; the sites are {', '.join(f'`{s.name}`' for s in self._sites) or 'none'}")
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sites) and self._sites == other._sites
+
+    def __hash__(self) -> int:
+        return hash(self._sites)
+
+    @property
+    def growable(self) -> "Sites":
+        """The sites that can grow."""
+        return Sites(site for site in self._sites if site.growable)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in order."""
+        return tuple(site.name for site in self._sites)
+
+    def __repr__(self) -> str:
+        rows = [("site", "capacity", "producer", "consumers", "growable")]
+        rows += [
+            (
+                site.name,
+                " x ".join(map(str, (*site.stack, site.capacity))),
+                ", ".join(k.leaf for k in site.producers) or "-",
+                ", ".join(k.leaf for k in site.consumers) or "-",
+                "yes" if site.growable else f"no: {site.reason}",
+            )
+            for site in self._sites
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[4]]).rstrip() for row in rows)
+
+
+def resized(sites: Iterable[Site], capacities: Mapping[str, int]) -> Sites:
+    """The sites with the capacities of `capacities` (by name; others keep theirs), all layouts brought up to date.
+
+    A kernel that lies between two sites is described in both: its factors are taken from the leaf's new shape.
+    """
+    sites = tuple(sites)
+    factor_sizes = {}  # (leaf, axis, position within the axis) -> new size
+    for site in sites:
+        for member in site.members:
+            slot = member.layout.slot
+            assert slot is not None
+            key = (member.leaf, member.layout.axes[slot], _position(member.layout, slot))
+            factor_sizes[key] = capacities.get(site.name, site.capacity)
+
+    def update(layout: Layout) -> Layout:
+        factors = tuple(
+            factor_sizes.get((layout.leaf, axis, _position(layout, f)), size)
+            for f, (size, axis) in enumerate(zip(layout.factors, layout.axes))
+        )
+        return dataclasses.replace(layout, factors=factors)
+
+    def update_kernel(kernel: Kernel) -> Kernel:
+        return Kernel(update(kernel.layout), None if kernel.bias is None else update(kernel.bias))
+
+    return Sites(
+        dataclasses.replace(
+            site,
+            capacity=capacities.get(site.name, site.capacity),
+            members=tuple(Member(update(m.layout), m.role) for m in site.members),
+            producers=tuple(update_kernel(k) for k in site.producers),
+            consumers=tuple(update_kernel(k) for k in site.consumers),
+        )
+        for site in sites
+    )
+
+
+def _position(layout: Layout, factor: int) -> int:
+    """Index of a factor among the factors of its axis."""
+    return factor - layout.axes.index(layout.axes[factor])
+
+
+def as_sites(sites: "Site | Iterable[Site]") -> Sites:
+    """A `Sites` from one site, a sequence of sites, or a `Sites`."""
+    if isinstance(sites, Sites):
+        return sites
+    return Sites((sites,) if isinstance(sites, Site) else sites)
