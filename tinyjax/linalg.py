@@ -1,0 +1,177 @@
+"""Roots of positive semi-definite matrices and truncated singular value decompositions.
+
+Every solve works on the *correlation scale*: S = D^(1/2) C D^(1/2) with D = diag(S), so the unit of an input never
+decides what is numerically zero, and a ridge S + r D means the same for every unit. Inputs of zero variance (free
+slots) are replaced by rows of the identity and stay out. All cut-offs are relative. NaN in, NaN out: comparisons are
+written so that NaN counts as "not small".
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array
+
+_GRAM_FROM = 192  # smallest dimension from which the SVD goes through the smaller Gram matrix (measured)
+
+
+class Factor(NamedTuple):
+    """A root F of a positive semi-definite matrix S = F F', as the two maps in which it is used.
+
+    Attributes:
+        whiten: X (D, q) -> F^+ X.
+        unwhiten: U (D, q) -> (F')^+ U; so `unwhiten(whiten(X))` solves S Y = X.
+        rank: () number of directions kept.
+    """
+
+    whiten: Callable[[Array], Array]
+    unwhiten: Callable[[Array], Array]
+    rank: Array
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """`a @ b` at full precision: float32 products on accelerators may otherwise be computed in bfloat16."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def inner(a: Array, b: Array) -> Array:
+    """The Frobenius inner product of two matrices."""
+    return jnp.sum(a * b)
+
+
+def relative_cutoff(dtype: jnp.dtype) -> float:
+    """What counts as zero relative to the largest eigenvalue: 1e-10 in float64, 1e-6 in anything narrower."""
+    return 1e-10 if jnp.finfo(dtype).bits >= 64 else 1e-6
+
+
+def correlation(matrix: Array, diagonal: Array | None = None) -> tuple[Array, Array]:
+    """The matrix on the correlation scale, and the factors that bring vectors there.
+
+    Args:
+        matrix: (D, D) positive semi-definite.
+        diagonal: (D,) the variances that define the scale; default the matrix's own diagonal.
+
+    Returns:
+        (D, D) the matrix with unit diagonal, rows of the identity where the variance is zero; (D, 1) 1 / standard
+        deviation, 0 where the variance is zero.
+    """
+    variance = jnp.diagonal(matrix) if diagonal is None else diagonal
+    live = ~(variance <= 0)
+    inverse_scale = jnp.where(live, 1 / jnp.sqrt(jnp.where(live, variance, 1)), 0)[:, None]
+    # two products instead of one with the outer product: 1e-15 squared and 1e15 squared leave float32's range
+    scaled = (matrix * inverse_scale) * inverse_scale.T
+    return scaled + jnp.diag(jnp.where(live, 0, 1).astype(matrix.dtype)), inverse_scale
+
+
+def factor(matrix: Array, ridge: float | Array = 0.0) -> Factor:
+    """A root of S + ridge diag(S).
+
+    `ridge` the Python number 0 is exact: eigenvalues of the correlation matrix below `relative_cutoff` count as zero,
+    and solutions have the smallest norm, so that `unwhiten(whiten(X))` is the pseudo-inverse applied to X (for X in
+    the range of S, which holds for all moments). Any other ridge, a traced 0 included, goes through a Cholesky factor
+    and is at least the rounding error of the dtype.
+
+    Args:
+        matrix: (D, D) positive semi-definite.
+        ridge: >= 0, on the correlation scale.
+
+    Raises:
+        ValueError: the ridge is a negative number.
+    """
+    if isinstance(ridge, int | float):
+        if ridge < 0:
+            raise ValueError(f"`ridge` must be >= 0, got {ridge}")
+        if ridge == 0:
+            return _eigen_factor(matrix)
+    return _cholesky_factor(matrix, ridge)
+
+
+def solve(matrix: Array, rhs: Array, ridge: float | Array = 0.0) -> Array:
+    """(S + ridge diag(S))^+ X, of shape (D, q)."""
+    root = factor(matrix, ridge)
+    return root.unwhiten(root.whiten(rhs))
+
+
+def _eigen_factor(matrix: Array) -> Factor:
+    scaled, inverse_scale = correlation(matrix)
+    values, vectors = jnp.linalg.eigh(scaled)
+    kept = ~(values <= relative_cutoff(matrix.dtype) * values[-1])
+    root = vectors * jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1)), 0)
+    live = inverse_scale[:, 0] != 0
+
+    # A solution on the correlation scale is not yet the one of smallest norm: take out its part in the null space of S.
+    null = jnp.where(kept, 0, vectors) * inverse_scale
+    null = null / jnp.where(kept, 1, jnp.linalg.norm(null, axis=0))
+    jitter = 10 * len(values) * jnp.finfo(matrix.dtype).eps
+    null_gram = matmul(null.T, null) + jnp.diag(jnp.where(kept, 1, jitter))
+    null_root = jnp.linalg.cholesky(null_gram)
+
+    def smallest(x: Array) -> Array:
+        coefficients = jax.scipy.linalg.cho_solve((null_root, True), matmul(null.T, x))
+        return jnp.where(live[:, None], x - matmul(null, coefficients), 0)
+
+    return Factor(
+        whiten=lambda x: matmul(root.T, x * inverse_scale),
+        unwhiten=lambda u: smallest(matmul(root, u) * inverse_scale),
+        rank=jnp.sum(kept) - jnp.sum(~live),
+    )
+
+
+def _cholesky_factor(matrix: Array, ridge: float | Array) -> Factor:
+    scaled, inverse_scale = correlation(matrix)
+    size = len(matrix)
+    ridge = jnp.maximum(jnp.asarray(ridge, matrix.dtype), size * jnp.finfo(matrix.dtype).eps)
+    lower = jnp.linalg.cholesky(scaled + ridge * jnp.eye(size, dtype=matrix.dtype))
+    return Factor(
+        whiten=lambda x: solve_triangular(lower, x * inverse_scale, lower=True),
+        unwhiten=lambda u: solve_triangular(lower, u, lower=True, trans=1) * inverse_scale,
+        rank=jnp.sum(inverse_scale != 0),
+    )
+
+
+def top_singular(matrix: Array, num: int, floor: float | Array = 0.0) -> tuple[Array, Array, Array]:
+    """The `num` largest singular triplets, padded with zeros beyond the numerical rank.
+
+    The sign of each pair of vectors is the one that makes the largest entry of the right vector positive, so that two
+    runs on one machine, or a run on another, give the same neurons.
+
+    Args:
+        matrix: (d, q).
+        num: number of triplets k; may exceed min(d, q).
+        floor: singular values below `relative_cutoff` times the larger of `floor` and the first one count as zero.
+
+    Returns:
+        u (d, k), values (k,), v' (k, q).
+    """
+    rank = min(num, *matrix.shape)
+    if min(matrix.shape) < _GRAM_FROM:
+        u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
+        u, values, vt = u[:, :rank], values[:rank], vt[:rank]
+    else:
+        u, values, vt = _svd_by_gram(matrix, rank)
+    kept = ~(values <= relative_cutoff(matrix.dtype) * jnp.maximum(values[0], floor))
+    largest = jnp.take_along_axis(vt, jnp.argmax(jnp.abs(vt), axis=1)[:, None], axis=1)[:, 0]
+    sign = jnp.where(largest < 0, -1, 1).astype(matrix.dtype)
+    u, vt = jnp.where(kept, u * sign, 0), jnp.where(kept[:, None], vt * sign[:, None], 0)
+    pad = (0, num - rank)
+    return jnp.pad(u, ((0, 0), pad)), jnp.pad(jnp.where(kept, values, 0), pad), jnp.pad(vt, (pad, (0, 0)))
+
+
+def _svd_by_gram(matrix: Array, num: int) -> tuple[Array, Array, Array]:
+    """The first singular triplets from the smaller Gram matrix.
+
+    Squaring loses singular values below sqrt(eps) of the first, so the Gram only gives a subspace; a small SVD of the
+    matrix restricted to it (Rayleigh-Ritz) restores the accuracy and the orthogonality of a direct SVD.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        v, values, ut = _svd_by_gram(matrix.T, num)
+        return ut.T, values, v.T
+    unit = jnp.max(jnp.abs(matrix))
+    unit = jnp.where(unit == 0, 1, unit)
+    scaled = matrix / unit
+    _, vectors = jnp.linalg.eigh(matmul(scaled.T, scaled))
+    subspace = vectors[:, ::-1][:, :num]
+    u, values, vt = jnp.linalg.svd(matmul(matrix, subspace), full_matrices=False)
+    return u, values, matmul(vt, subspace.T)

@@ -1,0 +1,105 @@
+"""What all methods share: the neurons they return, the traits they declare, the inputs and outputs that are alive.
+
+A method is a pure function `method(statistics, *, num_neurons, key=None) -> Neurons`. It sees sums, never a network.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.statistics import Moments
+
+Method = Callable[..., "Neurons"]
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Neurons(NamedTuple):
+    """New neurons, before their amplitude.
+
+    Attributes:
+        alpha: (D, k) fan-in, bias row last iff the producer has a bias.
+        omega: (k, Q) fan-out.
+        singular_values: (k,) descending; 0 for neurons beyond the rank, whose alpha and omega are zero.
+        delta: (H, M) an update of the consumer that belongs to the neurons and is applied with their amplitude, or
+            None.
+    """
+
+    alpha: Array
+    omega: Array
+    singular_values: Array
+    delta: Array | None = None
+
+
+def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]:
+    """Declares on a method what its callers must know.
+
+    Args:
+        function_preserving: adding the neurons changes no output of the network, so the loss says nothing about their
+            amplitude.
+        stochastic: the method needs a key.
+    """
+
+    def declare(method: _F) -> _F:
+        vars(method).update(function_preserving=function_preserving, stochastic=stochastic)
+        return method
+
+    return declare
+
+
+def is_function_preserving(method: Method) -> bool:
+    """Whether a method, or a `functools.partial` or wrapper of one, declares that it keeps the function."""
+    return _trait(method, "function_preserving")
+
+
+def is_stochastic(method: Method) -> bool:
+    """Whether a method, or a `functools.partial` or wrapper of one, declares that it needs a key."""
+    return _trait(method, "stochastic")
+
+
+def _trait(method: Any, name: str) -> bool:
+    while not hasattr(method, name):
+        inner = getattr(method, "func", None) or getattr(method, "__wrapped__", None)
+        if inner is None:
+            return False
+        method = inner
+    return getattr(method, name)
+
+
+def require_key(key: Array | None, method: str) -> Array:
+    """The key, or an error that says who needs one."""
+    if key is None:
+        raise ValueError(
+            f"`{method}` draws random numbers: pass `key=`, a new one at every growth (a key closed over by a jitted "
+            "or scanned function would give the same neurons each time)"
+        )
+    return key
+
+
+def require_count(num_neurons: int) -> int:
+    """The number of neurons, or an error if there is nothing to add."""
+    if not isinstance(num_neurons, int) or num_neurons < 1:
+        raise ValueError(f"`num_neurons` must be an int >= 1 known at trace time, got {num_neurons!r}")
+    return num_neurons
+
+
+def live_inputs(moments: Moments) -> Array:
+    """Which inputs of the producer vary at all: (D,). A new neuron must not read the others (they are free slots)."""
+    return ~(jnp.diagonal(moments.gram_prev) <= 0)
+
+
+def live_outputs(moments: Moments) -> Array:
+    """Which outputs of the consumer are asked to move at all: (Q,). A new neuron must not write the others."""
+    num_outputs = moments.cross.shape[1]
+    asked_prev = jnp.any(moments.cross_prev != 0, axis=0).reshape(num_outputs, -1).any(axis=1)
+    asked = asked_prev | jnp.any(moments.cross != 0, axis=0)
+    return jnp.repeat(asked, moments.cross_prev.shape[1] // num_outputs)
+
+
+def only_live(moments: Moments, neurons: Neurons) -> Neurons:
+    """The neurons with exact zeros on dead inputs and outputs, where decompositions leave rounding dust."""
+    return neurons._replace(
+        alpha=jnp.where(live_inputs(moments)[:, None], neurons.alpha, 0),
+        omega=jnp.where(live_outputs(moments), neurons.omega, 0),
+    )

@@ -1,0 +1,51 @@
+"""What neurons gain: on the samples they were computed from, and on samples they have not seen."""
+
+from collections.abc import Callable
+
+from jaxtyping import Array
+
+from tinyjax.linalg import inner, matmul
+from tinyjax.methods.base import Neurons
+from tinyjax.methods.update import residual_cross
+from tinyjax.statistics import Moments, Statistics, half, keep_half
+
+
+def predicted_gain(moments: Moments, neurons: Neurons, delta: Array | None = None) -> Array:
+    """How much the neurons lower the bottleneck that the update `delta` leaves: psi(delta) - psi(delta, neurons).
+
+    2 <N, A W> - <A W, S A W> with N = N~ - P delta, A = alpha, W = omega. Equal to the sum of lambda^2 for the exact
+    `tiny` and its update. Zero for neurons with an empty side.
+
+    Args:
+        moments: means over the samples to score on.
+        neurons: at amplitude 1.
+        delta: (H, M) the update applied with the neurons (`neurons.delta` for methods that bring one); None for none.
+
+    Returns:
+        () in units of mean |v|^2.
+    """
+    cross = moments.cross_prev if delta is None else residual_cross(moments, delta)
+    product = matmul(neurons.alpha, neurons.omega)
+    return 2 * inner(cross, product) - inner(product, matmul(moments.gram_prev, product))
+
+
+def held_out_gain(statistics: Statistics, fit: Callable[[Statistics], tuple[Neurons, Array | None]]) -> Array:
+    """The gain of neurons fitted on one half of the samples, on the other half; the mean of both ways.
+
+    Args:
+        statistics: both halves.
+        fit: from the statistics of one half to neurons and the update applied with them. That half has no halves of its
+            own, so ridges chosen by `held_out` are 1 there: choose them on `statistics` beforehand where that matters.
+
+    Returns:
+        () in units of mean |v|^2; negative when the neurons are worse than nothing on unseen samples.
+
+    Example:
+        >>> ridge, update_ridge = held_out(statistics), held_out_update(statistics)
+        >>> def fit(half):
+        ...     neurons = tiny(half, num_neurons=8, ridge=ridge, update_ridge=update_ridge)
+        ...     return neurons, best_update(half, ridge=update_ridge)
+        >>> held_out_gain(statistics, fit)
+    """
+    gains = [predicted_gain(half(statistics, 1 - i), *fit(keep_half(statistics, i))) for i in (0, 1)]
+    return (gains[0] + gains[1]) / 2

@@ -1,0 +1,97 @@
+"""Ridges chosen on held-out samples: fit on one half, score on the other, both ways.
+
+A fit with ridge r moves the pre-activations by X = (S + r diag S)^-1 N; on the other half it lowers the bottleneck by
+2 <N2, X> - <X, S2 X>. In the eigenbasis of the first half's correlation matrix this is a quadratic form in the filter
+factors 1 / (eigenvalue + r), so one `eigh` a half gives the score of every ridge at once.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.linalg import correlation, matmul, solve
+from tinyjax.methods.update import residual_cross
+from tinyjax.statistics import Statistics, half
+
+# Half decades, in descending order so that a tie is won by the larger ridge.
+_EXPONENTS = [e / 2 for e in range(16, -17, -1)]
+_CORE = slice(_EXPONENTS.index(2.0), _EXPONENTS.index(-4.0) + 1)
+_UNDECIDED = 1.0  # the middle of the best ridges measured, for statistics with an empty half
+
+
+class Fold(NamedTuple):
+    """One half to fit on, the other to score on.
+
+    Attributes:
+        gram: (D, D) quadratic form of the fitted half.
+        cross: (D, Q) linear form of the fitted half.
+        diagonal: (D,) what the ridge multiplies.
+        gram_test: (D, D) quadratic form of the other half.
+        cross_test: (D, Q) linear form of the other half.
+    """
+
+    gram: Array
+    cross: Array
+    diagonal: Array
+    gram_test: Array
+    cross_test: Array
+
+
+def held_out_update(statistics: Statistics) -> Array:
+    """The ridge of `best_update` whose update generalises best from one half of the samples to the other.
+
+    The grid is 10^2 .. 10^-4 in half decades; while its edge wins it is extended, to at most 10^8 and 10^-8. With an
+    empty half nothing can be compared and the ridge is 1.
+    """
+
+    def fold(fit: int, test: int) -> Fold:
+        a, b = half(statistics, fit), half(statistics, test)
+        return Fold(a.gram, a.cross, jnp.diagonal(a.gram), b.gram, b.cross)
+
+    return choose(statistics, (fold(0, 1), fold(1, 0)))
+
+
+def held_out(statistics: Statistics) -> Array:
+    """The ridge of `tiny` whose neurons generalise best from one half of the samples to the other.
+
+    Both halves are projected by the update fitted on the first, at its own ridge `held_out_update`. Grid as there.
+    """
+    update_ridge = held_out_update(statistics)
+
+    def fold(fit: int, test: int) -> Fold:
+        a, b = half(statistics, fit), half(statistics, test)
+        delta = solve(a.gram, a.cross, update_ridge)
+        cross, cross_test = residual_cross(a, delta), residual_cross(b, delta)
+        return Fold(a.gram_prev, cross, jnp.diagonal(a.gram_prev), b.gram_prev, cross_test)
+
+    return choose(statistics, (fold(0, 1), fold(1, 0)))
+
+
+def choose(statistics: Statistics, folds: tuple[Fold, Fold]) -> Array:
+    """The ridge with the largest sum of held-out scores, a scalar in the dtype of the statistics."""
+    grid = jnp.asarray([10.0**e for e in _EXPONENTS], statistics.gram.dtype)
+    scores = sum((score(fold, grid) for fold in folds), jnp.zeros_like(grid))
+    chosen = grid[_climb(scores)]
+    return jnp.where(jnp.all(statistics.count > 0), chosen, jnp.asarray(_UNDECIDED, grid.dtype))
+
+
+def score(fold: Fold, ridges: Array) -> Array:
+    """2 <N2, X> - <X, S2 X> with X = (S1 + r diag)^-1 N1, for every ridge r: (R,)."""
+    scaled, inverse_scale = correlation(fold.gram, fold.diagonal)
+    values, vectors = jnp.linalg.eigh(scaled)
+    basis = vectors * inverse_scale
+    cross, cross_test = matmul(basis.T, fold.cross), matmul(basis.T, fold.cross_test)
+    linear = jnp.sum(cross * cross_test, axis=1)
+    quadratic = matmul(matmul(basis.T, fold.gram_test), basis) * matmul(cross, cross.T)
+    filters = 1 / (jnp.maximum(values, 0) + ridges[:, None])  # (R, D)
+    return 2 * matmul(filters, linear) - jnp.sum(matmul(filters, quadratic) * filters, axis=1)
+
+
+def _climb(scores: Array) -> Array:
+    """Index of the best score of the core grid; from an edge of it, on uphill."""
+    core = _CORE.start + jnp.argmax(scores[_CORE])
+    step = jnp.where(core == _CORE.stop - 1, 1, jnp.where(core == _CORE.start, -1, 0))
+    walled = jnp.pad(scores, 1, constant_values=-jnp.inf)  # index i of `scores` is i + 1 here
+    return jax.lax.while_loop(lambda i: walled[i + 1 + step] > walled[i + 1], lambda i: i + step, core)

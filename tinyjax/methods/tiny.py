@@ -1,0 +1,74 @@
+"""TINY: the neurons that lower the expressivity bottleneck the most (proposition 3.2)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.linalg import Factor, factor, top_singular
+from tinyjax.methods.base import Neurons, only_live, require_count, traits
+from tinyjax.methods.ridge import held_out, held_out_update
+from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
+from tinyjax.statistics import Statistics, moments
+
+
+@traits(function_preserving=False, stochastic=False)
+def tiny(
+    statistics: Statistics,
+    *,
+    num_neurons: int,
+    ridge: Ridge = held_out,
+    update_ridge: Ridge | None = None,
+    key: Array | None = None,
+) -> Neurons:
+    r"""The `num_neurons` neurons that lower the expressivity bottleneck the most.
+
+    With S the second moment of the producer's input, N its cross moment with the residual of the best update, and the
+    singular value decomposition S^(-1/2) N = sum_k lambda_k u_k w_k':
+
+        alpha_k = sqrt(lambda_k) S^(-1/2) u_k,      omega_k = sqrt(lambda_k) w_k.
+
+    The k-th neuron lowers psi by lambda_k^2 when `ridge` is 0. The first-order descent is guaranteed for the neurons
+    together with the best update at the same amplitude, not for the neurons alone.
+
+    Args:
+        statistics: sums at the current parameters.
+        num_neurons: k, static; neurons beyond the rank are zero.
+        ridge: on the correlation scale, S + ridge diag(S); a number or a function of the statistics. 0 is exact.
+        update_ridge: the same for the best update that defines the residual; default `ridge` if that is a number, else
+            `held_out_update`.
+        key: not used, here for the signature of a method.
+
+    Returns:
+        Neurons, each with the sign that makes the largest entry of omega positive.
+
+    Raises:
+        ValueError: `num_neurons` is not a positive int, or `ridge` is negative.
+
+    Example:
+        >>> neurons = tiny(statistics, num_neurons=8)
+
+    Reference: Verbockhaven et al., TMLR 2024, proposition 3.2, appendix C.2.
+    """
+    mean = moments(statistics)
+    cross = residual_cross(mean, best_update(statistics, ridge=_update_ridge(ridge, update_ridge)))
+    root = factor(mean.gram_prev, resolve(ridge, statistics))
+    return only_live(mean, low_rank(root, cross, num_neurons=num_neurons, energy=mean.energy))
+
+
+def low_rank(root: Factor, cross: Array, *, num_neurons: int, energy: Array) -> Neurons:
+    """Neurons whose product alpha omega maximises 2 <N, C> - <C, S C> over the matrices C of rank `num_neurons`.
+
+    Args:
+        root: a root of S.
+        cross: (D, Q) N.
+        num_neurons: k.
+        energy: () mean |v|^2: gains that are rounding errors of it count as zero.
+    """
+    u, values, vt = top_singular(root.whiten(cross), require_count(num_neurons), floor=jnp.sqrt(energy))
+    share = jnp.sqrt(values)
+    return Neurons(root.unwhiten(u * share), share[:, None] * vt, values)
+
+
+def _update_ridge(ridge: Ridge, update_ridge: Ridge | None) -> Ridge:
+    if update_ridge is not None:
+        return update_ridge
+    return held_out_update if callable(ridge) else ridge

@@ -1,0 +1,209 @@
+"""How large a growth is: norms of new neurons, and line searches over the amplitude.
+
+The function moves by the amplitude gamma >= 0: alpha and omega by sqrt(gamma) each, an update of existing weights by
+gamma. A search is a function `search(loss_at, *, dtype) -> LineSearch`, where `loss_at` maps a scalar amplitude to the
+loss of the network that would result; `fixed(gamma)` has the same signature and evaluates nothing.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+LossAt = Callable[[Array], Array]
+_MAX_ROUNDS = 6
+
+
+class LineSearch(NamedTuple):
+    """The outcome of a search.
+
+    Attributes:
+        amplitude: () the amplitude with the lowest loss; 0 if none is better than adding nothing. Negative only from
+            `twin_search`.
+        loss: () the loss there; NaN from `fixed`, which evaluates nothing.
+        loss_at_zero: () the loss at amplitude 0; NaN from `fixed`.
+    """
+
+    amplitude: Array
+    loss: Array
+    loss_at_zero: Array
+
+
+class _State(NamedTuple):
+    gammas: Array  # (points,) of the round to come; the first is 0
+    amplitude: Array
+    loss: Array
+    loss_at_zero: Array
+    round: Array
+    refining: Array
+    done: Array
+
+
+def searches(amplitude: Callable[..., LineSearch]) -> bool:
+    """Whether an amplitude rule, or a `functools.partial` of one, looks at the loss (unknown rules are taken to)."""
+    while isinstance(amplitude, functools.partial):
+        amplitude = amplitude.func
+    return getattr(amplitude, "searches", True)
+
+
+def fixed(gamma: float) -> Callable[..., LineSearch]:
+    """The amplitude `gamma`, whatever the loss.
+
+    Raises:
+        ValueError: `gamma` is negative.
+    """
+    if gamma < 0:
+        raise ValueError(f"`gamma` must be >= 0, got {gamma}")
+
+    def amplitude(loss_at: LossAt, *, dtype: Any) -> LineSearch:
+        nan = jnp.full((), jnp.nan, dtype)
+        return LineSearch(jnp.full((), gamma, dtype), nan, nan)
+
+    vars(amplitude)["searches"] = False
+    return amplitude
+
+
+def line_search(
+    loss_at: LossAt, *, dtype: Any, bracket: tuple[float, float] = (1e-3, 1e1), points: int = 12
+) -> LineSearch:
+    """The amplitude gamma >= 0 with the lowest loss.
+
+    Rounds of `points` amplitudes: 0 and a geometric grid over the bracket; while the best one is an edge, the bracket
+    next to that edge; at the end a grid between the neighbours of the best. Each round is one `vmap` of `loss_at`,
+    which is compiled once: 2 rounds (24 evaluations) when the first bracket holds the minimum, at most 6. Losses that
+    are not finite count as infinite, and amplitude 0 wins ties: it adds nothing.
+
+    Args:
+        loss_at: scalar amplitude -> scalar loss.
+        dtype: of the amplitudes.
+        bracket: first range of amplitudes, both ends positive.
+        points: evaluations a round.
+
+    Raises:
+        ValueError: an empty bracket, fewer than 4 points, or a loss that is not a scalar.
+
+    Example:
+        >>> line_search(lambda g: (g - 0.3) ** 2, dtype=jnp.float32).amplitude  # about 0.3
+    """
+    low, high = bracket
+    if not 0 < low < high:
+        raise ValueError(f"`bracket` must satisfy 0 < low < high, got {bracket}")
+    if points < 4:
+        raise ValueError(f"`points` must be at least 4 (zero, two ends and something between), got {points}")
+    loss = jax.eval_shape(loss_at, jax.ShapeDtypeStruct((), dtype))
+    if loss.shape != ():
+        raise ValueError(f"`loss_at` must return a scalar, got shape {loss.shape}: take the mean over the samples")
+
+    def search_round(state: _State) -> _State:
+        losses = jax.vmap(loss_at)(state.gammas)
+        loss_at_zero = losses[0]
+        losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+        best = 1 + jnp.argmin(losses[1:])
+        better = losses[best] < state.loss
+        found = state._replace(
+            amplitude=jnp.where(better, state.gammas[best], state.amplitude),
+            loss=jnp.where(better, losses[best], state.loss),
+            loss_at_zero=loss_at_zero,
+            round=state.round + 1,
+        )
+        return _next_round(found, losses, best)
+
+    inf = jnp.full((), jnp.inf, loss.dtype)
+    start = _State(
+        _grid(jnp.asarray(low, dtype), jnp.asarray(high, dtype), points), jnp.zeros((), dtype), inf, inf,
+        jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros((), bool),
+    )  # fmt: skip
+    end = jax.lax.while_loop(lambda s: ~s.done, search_round, start)
+    improved = (
+        end.loss < end.loss_at_zero
+    )  # False for a loss that is NaN at zero: nothing can be said, nothing is added
+    return LineSearch(
+        jnp.where(improved, end.amplitude, 0), jnp.where(improved, end.loss, end.loss_at_zero), end.loss_at_zero
+    )
+
+
+def _next_round(state: _State, losses: Array, best: Array) -> _State:
+    """Moves the bracket when an edge has won, refines when not, ends after a refinement."""
+    gammas, last = state.gammas, len(state.gammas) - 1
+    low, high = gammas[1], gammas[last]
+    lower_edge = (best == 1) & ((losses[1] < losses[2]) | jnp.isinf(losses[1]))
+    upper_edge = (best == last) & (losses[last] < losses[last - 1])
+    extend = (lower_edge | upper_edge) & ~state.refining & (state.round < _MAX_ROUNDS - 1)
+    step = gammas[2] / gammas[1]
+    centre = jnp.where(state.amplitude > 0, state.amplitude, gammas[best])
+    bottom = jnp.where(extend, jnp.where(lower_edge, low * (low / high), high), centre / step)
+    top = jnp.where(extend, jnp.where(lower_edge, low, high * (high / low)), centre * step)
+    return state._replace(gammas=_grid(bottom, top, last + 1), refining=~extend, done=state.refining)
+
+
+def _grid(low: Array, high: Array, points: int) -> Array:
+    """0 and `points` - 1 amplitudes from `low` to `high`, geometric."""
+    exponents = jnp.linspace(0, 1, points - 1, dtype=low.dtype)
+    return jnp.concatenate([jnp.zeros((1,), low.dtype), low * (high / low) ** exponents])
+
+
+def twin_search(loss_at: LossAt, *, dtype: Any, **options: Any) -> LineSearch:
+    """`line_search` over both twins: amplitude -gamma stands for the neurons (-alpha, -omega) at amplitude gamma.
+
+    Both neurons make the same move to first order in a linear regime, but they are different neurons under ReLU.
+
+    Args:
+        loss_at: scalar amplitude of either sign -> scalar loss.
+        dtype: of the amplitudes.
+        **options: of `line_search`.
+    """
+    signs = jnp.asarray([1, -1], dtype)
+    twins = jax.vmap(lambda sign: line_search(lambda gamma: loss_at(sign * gamma), dtype=dtype, **options))(signs)
+    best = jnp.argmin(jnp.where(jnp.isnan(twins.loss), jnp.inf, twins.loss))
+    return LineSearch(signs[best] * twins.amplitude[best], twins.loss[best], twins.loss_at_zero[best])
+
+
+vars(line_search)["searches"] = True
+vars(twin_search)["searches"] = True
+
+
+def normalize(neurons: Any, *, alpha: float | None = None, omega: float | None = None) -> Any:
+    """Neurons whose root mean square norm is `alpha` on the fan-in and `omega` on the fan-out side.
+
+    The mean is over the neurons that are not empty; None leaves a side as it is, and an empty side stays empty.
+
+    Args:
+        neurons: with fields alpha (D, k) and omega (k, Q).
+        alpha: norm of the fan-in, e.g. sqrt(1e-3).
+        omega: norm of the fan-out.
+
+    Reference: Verbockhaven et al., TMLR 2024, appendix E.3.1.
+    """
+    return neurons._replace(
+        alpha=_with_norm(neurons.alpha, alpha, axis=0), omega=_with_norm(neurons.omega, omega, axis=1)
+    )
+
+
+def normalized(
+    method: Callable[..., Any], *, alpha: float | None = None, omega: float | None = None
+) -> Callable[..., Any]:
+    """The method followed by `normalize`, a method itself.
+
+    Example:
+        >>> method = normalized(tiny, alpha=1e-3**0.5, omega=1e-3**0.5)
+    """
+
+    @functools.wraps(method)
+    def with_norms(*args: Any, **kwargs: Any) -> Any:
+        return normalize(method(*args, **kwargs), alpha=alpha, omega=omega)
+
+    return with_norms
+
+
+def _with_norm(vectors: Array, norm: float | None, *, axis: int) -> Array:
+    if norm is None:
+        return vectors
+    unit = jnp.max(jnp.abs(vectors))
+    vectors = vectors / jnp.where(unit == 0, 1, unit)  # squares of unscaled entries may leave float32's range
+    squares = jnp.sum(vectors**2, axis=axis)
+    used = jnp.maximum(jnp.sum(squares != 0), 1).astype(vectors.dtype)
+    mean = jnp.sum(squares) / used
+    return vectors * (norm / jnp.sqrt(jnp.where(mean == 0, 1, mean)))

@@ -1,0 +1,122 @@
+"""The record of sums from which every growth decision is taken.
+
+All quantities of the paper (S, N, the best update, the expressivity bottleneck) are small functions of second moments
+of three variables: the input b_prev of the widened layer, the input b of its consumer, and V_goal at the consumer's
+pre-activation. Second moments are sums over samples, so batches, chunks, devices and hosts just add. The record keeps
+raw sums, for the even and the odd samples apart, and divides once, here: one half can then judge what the other has
+chosen.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+_SUMS = ("count", "gram_prev", "cross_prev", "gram", "cross", "link", "energy", "energy_matrix")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Raw sums over samples (and over positions, for layers applied at many); axis 0 is (even samples, odd samples).
+
+    D and H are the inputs of the producer and of the consumer, with the constant 1 last iff the layer has a bias; M
+    is the consumer's number of outputs; O its number of kernel offsets (1 for a dense layer); Q = M O, ordered (M,
+    O); C the number of slots. Free slots give rows and columns of exact zeros. A stack of layers puts its axis before
+    all others.
+
+    Attributes:
+        count: (2,) number of samples, in the dtype of the sums.
+        gram_prev: (2, D, D) S = sum of b_prev b_prev'.
+        cross_prev: (2, D, Q) N~ = sum of b_prev v', v = V_goal = -n dloss/da. Already projected when `link` is None.
+        gram: (2, H, H) G = sum of b b'.
+        cross: (2, H, M) sum of b v'.
+        link: (2, O, D, H) P = sum of b_prev b' for each kernel offset; None where it would be too large.
+        energy: (2,) sum of |v|^2.
+        energy_matrix: (2, Q, Q) sum of v v', or None when it was not asked for.
+        weight_prev: (D, C) matrix of the producer, bias row last.
+        weight: (H, M) matrix of the consumer, bias row last.
+        width: () number of used slots.
+        bias_prev: whether the producer has a bias.
+        bias: whether the consumer has a bias.
+    """
+
+    count: Array
+    gram_prev: Array
+    cross_prev: Array
+    gram: Array
+    cross: Array
+    link: Array | None
+    energy: Array
+    energy_matrix: Array | None
+    weight_prev: Array
+    weight: Array
+    width: Array
+    bias_prev: bool = dataclasses.field(metadata={"static": True})
+    bias: bool = dataclasses.field(metadata={"static": True})
+
+
+class Moments(NamedTuple):
+    """Means over samples: the fields of `Statistics` without their leading axis, divided by the number of samples."""
+
+    gram_prev: Array
+    cross_prev: Array
+    gram: Array
+    cross: Array
+    link: Array | None
+    energy: Array
+    energy_matrix: Array | None
+
+
+def merge(a: Statistics, b: Statistics) -> Statistics:
+    """The statistics of the samples of `a` and of `b` together.
+
+    The sums are meaningful only if both were taken at the same parameters; weights and width are those of `b`.
+
+    Raises:
+        ValueError: the two do not describe the same layers.
+    """
+    structures = [jax.tree.map(jnp.shape, x) for x in (a, b)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            "`merge` got statistics of different shapes or fields; merge only statistics of one site at one capacity, "
+            f"estimated with the same options. Got {structures[0]} and {structures[1]}."
+        )
+    return _replace_sums(b, lambda name: jax.tree.map(jnp.add, getattr(a, name), getattr(b, name)))
+
+
+def moments(statistics: Statistics) -> Moments:
+    """Means over all samples.
+
+    Example:
+        >>> S = moments(statistics).gram_prev  # (D, D): the paper's S
+    """
+    return _divide(statistics, lambda x: x.sum(axis=0))
+
+
+def half(statistics: Statistics, index: int) -> Moments:
+    """Means over the even (`index` 0) or the odd (`index` 1) samples."""
+    return _divide(statistics, lambda x: x[index])
+
+
+def keep_half(statistics: Statistics, index: int) -> Statistics:
+    """The statistics of the even or of the odd samples alone: the other half is empty."""
+    kept = jnp.arange(2) == index
+
+    def keep(x: Array) -> Array:
+        return jnp.where(kept.reshape(2, *[1] * (x.ndim - 1)), x, 0)
+
+    return _replace_sums(statistics, lambda name: jax.tree.map(keep, getattr(statistics, name)))
+
+
+def _replace_sums(statistics: Statistics, value: Callable[[str], Array | None]) -> Statistics:
+    return dataclasses.replace(statistics, **{name: value(name) for name in _SUMS})
+
+
+def _divide(statistics: Statistics, select: Callable[[Array], Array]) -> Moments:
+    count = select(statistics.count)
+    count = jnp.where(count > 0, count, 1)  # no samples: the sums are zeros, and so are the means
+    return Moments(*(jax.tree.map(lambda x: select(x) / count, getattr(statistics, name)) for name in Moments._fields))
