@@ -1,0 +1,160 @@
+"""Which slots of a hidden dimension are used, and the two weight matrices around it.
+
+The parameters alone say how wide a network is: slot j is free when its fan-in, its shifts (biases) and its fan-out are
+all zero, in every layer of a stack. Scales and running statistics do not count, they are inert on a slot that receives
+and emits nothing.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tinyjax.layout import Layout, Params, live, require_leaves
+from tinyjax.site import Kernel, Site, Sites
+
+T = TypeVar("T")
+
+COUNTED = ("fan_in", "shift", "fan_out")
+"""Roles whose entries decide whether a slot is used."""
+
+NEUTRAL = {"scale": 1, "var": 1}
+"""What a leaf holds in an empty slot, by role; 0 for every other role.
+
+A scale of 1 lets the gradient of a newborn through, a variance of 1 lets its signal through, a mean of 0 keeps the
+output of an empty slot at zero in evaluation mode.
+"""
+
+
+def free_slots(params: Params, site: Site) -> Bool[Array, " capacity"]:
+    """Which slots are empty: fan-in, shifts and fan-out all zero, in every layer of a stack.
+
+    Args:
+        params: the parameters the site was found in.
+        site: one hidden dimension.
+
+    Returns:
+        `(capacity,)` booleans, traced like `params`.
+
+    Raises:
+        ValueError: when a leaf of the site is missing, of another shape than the site says, or not floating point.
+    """
+    leaves = site_leaves(params, site)
+    used = jnp.zeros(site.capacity, bool)
+    for member in site.members:
+        if member.role in COUNTED:
+            used |= live(member.layout.to_slots(leaves[member.leaf]))
+    return ~used
+
+
+def width(params: Params, site: Site) -> Int[Array, ""]:
+    """Number of used slots, int32; `site.capacity - width` neurons can be added before a `resize`.
+
+    Args:
+        params: the parameters the site was found in.
+        site: one hidden dimension.
+
+    Returns:
+        A 0-d int32 array, traced like `params`.
+    """
+    return site.capacity - jnp.sum(free_slots(params, site), dtype=jnp.int32)
+
+
+def matrices(params: Params, site: Site) -> tuple[Float[Array, "*L D C"], Float[Array, "*L H M"]]:
+    """The producer's and the consumers' weights as matrices that multiply rows of inputs from the right.
+
+    Args:
+        params: the parameters the site was found in.
+        site: a growable site.
+
+    Returns:
+        `weight_prev` `(*stack, D, capacity)`, bias as last row iff the producer has one; `weight` `(*stack, H, M)`, the
+        consumers side by side in the order of `site.consumers`, bias as last row iff all of them have one.
+
+    Raises:
+        ValueError: for a site that cannot grow, or consumers whose inputs have different sizes.
+    """
+    require_growable(site)
+    leaves = site_leaves(params, site)
+    if len({rows(kernel) for kernel in site.consumers}) > 1:
+        raise ValueError(
+            f"the consumers of site `{site.name}` see it through windows of different sizes "
+            f"({', '.join(f'`{k.leaf}`: {rows(k)} rows' for k in site.consumers)}): they have no common input matrix"
+        )
+    with_bias = consumers_have_bias(site)
+    blocks = [_matrix(leaves, kernel, with_bias) for kernel in site.consumers]
+    return _matrix(leaves, site.producers[0], True), jnp.concatenate(blocks, axis=-1)
+
+
+def consumers_have_bias(site: Site) -> bool:
+    """Whether the consumers' matrix has a bias row: all of them must have one."""
+    return all(kernel.bias is not None for kernel in site.consumers)
+
+
+def rows(kernel: Kernel) -> int:
+    """Number of rows of a kernel's matrix, without the bias."""
+    return math.prod(kernel.layout.factors[f] for f in kernel.layout.rows)
+
+
+def cols(kernel: Kernel) -> int:
+    """Number of columns of a kernel's matrix."""
+    return math.prod(kernel.layout.factors[f] for f in kernel.layout.cols)
+
+
+def require_growable(site: Site) -> None:
+    """Raises the reason why a site cannot grow, as a ValueError."""
+    if not site.growable:
+        raise ValueError(f"site `{site.name}` cannot grow: {site.reason}. Pass `sites.growable` to leave it out.")
+    (producer,) = site.producers
+    if producer.layout.cols != (producer.layout.slot,):
+        raise ValueError(f"site `{site.name}` cannot grow: a slot is several columns of the producer `{producer.leaf}`")
+
+
+def site_leaves(params: Params, site: Site) -> dict[str, Array]:
+    """The leaves of a site by path, checked for presence, shape and dtype."""
+    kernels = (*site.producers, *site.consumers)
+    layouts: list[Layout] = [m.layout for m in site.members] + [k.layout for k in kernels]
+    layouts += [k.bias for k in kernels if k.bias is not None]
+    leaves = require_leaves(params, [layout.leaf for layout in layouts])
+    for layout in layouts:
+        leaf = leaves[layout.leaf]
+        if leaf.shape != layout.shape:
+            raise ValueError(
+                f"leaf `{layout.leaf}` has shape {leaf.shape} where site `{site.name}` says {layout.shape}: "
+                "these sites belong to another capacity. Use the sites that `resize` returned."
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"leaf `{layout.leaf}` of site `{site.name}` is {leaf.dtype}: only floats can grow")
+    return {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+
+
+def per_site(sites: Sites, values: "T | Mapping[str, T]") -> dict[str, T]:
+    """One value a site from a single value for all or a mapping by name; unknown names are errors."""
+    if not isinstance(values, Mapping):
+        return dict.fromkeys(sites.names, values)
+    require_names(sites, values)
+    return dict(values)
+
+
+def require_names(sites: Sites, names: Iterable[str]) -> None:
+    """Raises a ValueError for a name that is no site's."""
+    for name in names:
+        if name not in sites.names:
+            known = ", ".join(f"`{s}`" for s in sites.names) or "none"
+            raise ValueError(f"no site `{name}`; the sites are {known}")
+
+
+def require_concrete(params: Params, what: str) -> None:
+    """Raises a ValueError when called while tracing: shapes cannot depend on traced values."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+        raise ValueError(f"{what} depends on which slots are free: call it on concrete arrays, outside `jit`")
+
+
+def _matrix(leaves: Mapping[str, Array], kernel: Kernel, with_bias: bool) -> Array:
+    matrix = kernel.layout.to_matrix(leaves[kernel.leaf])
+    if kernel.bias is None or not with_bias:
+        return matrix
+    return jnp.concatenate([matrix, kernel.bias.to_matrix(leaves[kernel.bias.leaf])], axis=-2)

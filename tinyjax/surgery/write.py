@@ -1,0 +1,259 @@
+"""Writing neurons into free slots, and emptying slots, without changing a shape.
+
+A neuron is a column of the producer (with its bias) and rows of the consumers. `write` puts new ones into the free
+slots of a site, inside `jit`, `scan` or `vmap`; `thin` empties slots so that a network allocated at full capacity
+starts narrow. Both touch only the entries of the slots concerned.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool
+
+from tinyjax.layout import Layout, Params, replace_leaves
+from tinyjax.site import Kernel, Site, Sites, as_sites
+from tinyjax.slots import (
+    NEUTRAL,
+    cols,
+    consumers_have_bias,
+    free_slots,
+    per_site,
+    require_growable,
+    rows,
+    site_leaves,
+)
+
+
+@runtime_checkable
+class NewNeurons(Protocol):
+    """What `write` reads of the neurons a method returns.
+
+    Attributes:
+        alpha: `(*stack, D, k)` fan-in, bias row last iff the producer has a bias.
+        omega: `(*stack, k, Q)` fan-out, columns of the consumers side by side, each ordered (output, kernel offset).
+        delta: `(*stack, H, M)` update of the consumers that belongs to these neurons, or None.
+    """
+
+    @property
+    def alpha(self) -> Array: ...  # noqa: D102
+    @property
+    def omega(self) -> Array: ...  # noqa: D102
+    @property
+    def delta(self) -> Array | None: ...  # noqa: D102
+
+
+def thin(params: Params, sites: Sites | Site, width: int | Mapping[str, int]) -> Params:
+    """Empties all but the first `width` slots of each site; capacities and shapes stay.
+
+    An emptied slot is what `resize` appends: zeros everywhere, but scale 1 and running variance 1 with mean 0. A stale
+    mean would make the empty slot emit a constant in evaluation mode; a scale of 0 would block a newborn's gradient.
+
+    Args:
+        params: the parameters the sites were found in.
+        sites: growable sites.
+        width: number of slots to keep, for all sites or by name (sites left out stay as they are).
+
+    Returns:
+        The thinned parameters.
+
+    Raises:
+        ValueError: for a width outside 0 .. capacity, an unknown name, a site that cannot grow, integer leaves.
+
+    Example:
+        >>> sites = tinyjax.find_sites(loss_fn, params, batch)
+        >>> params = tinyjax.thin(params, sites, 2)
+    """
+    sites = as_sites(sites)
+    for name, kept in per_site(sites, width).items():
+        site = sites[name]
+        require_growable(site)
+        if not 0 <= kept <= site.capacity:
+            raise ValueError(
+                f"`width` {kept} of site `{name}` is outside 0 .. {site.capacity}, its capacity; "
+                "`resize` makes room for more"
+            )
+        params = empty_slots(params, site, jnp.arange(site.capacity) >= kept)
+    return params
+
+
+def empty_slots(params: Params, site: Site, mask: Bool[Array, " capacity"]) -> Params:
+    """Empties the slots marked in `mask`, see `thin`."""
+    leaves = site_leaves(params, site)
+    for member in site.members:
+        slots = member.layout.to_slots(leaves[member.leaf])
+        empty = jnp.where(mask[:, None], jnp.asarray(NEUTRAL.get(member.role, 0), slots.dtype), slots)
+        leaves[member.leaf] = member.layout.from_slots(empty)
+    return replace_leaves(params, leaves)
+
+
+def write(
+    params: Params,
+    site: Site,
+    neurons: NewNeurons,
+    *,
+    amplitude: ArrayLike,
+    delta: Array | None = None,
+    limit: ArrayLike | None = None,
+    birth: Mapping[str, ArrayLike] | None = None,
+) -> tuple[Params, Bool[Array, " capacity"]]:
+    r"""Writes neuron k into the k-th free slot and updates the consumers: $a \to a + \gamma (V(\theta) + V(\delta))$.
+
+    Fan-in and fan-out are scaled by $\sqrt\gamma$ each, `delta` by $\gamma$ (section 3.2). Used slots are never
+    overwritten: with too few free slots only the first neurons are written. A neuron whose (scaled) fan-in and fan-out
+    are both zero writes nothing and its slot stays free. `delta` reaches the rows of slots that were in use, and the
+    biases. Dtypes are kept; everything may be traced.
+
+    Args:
+        params: the parameters the site was found in.
+        site: a growable site.
+        neurons: what a method returned: `alpha` `(*stack, D, k)`, `omega` `(*stack, k, Q)` and `delta`.
+        amplitude: gamma >= 0, 0-d.
+        delta: `(*stack, H, M)` update of the consumers, bias row last iff all of them have a bias; it takes the place
+            of the neurons' own `delta`, which is used by default.
+        limit: write at most this many neurons, 0-d integer; all by default.
+        birth: values, by leaf path, that the scales, shifts and running statistics of the written slots take: 0-d or
+            `(*stack, capacity)`. Default: scale 1, shift 0, mean 0, variance 1. The producer's bias comes from `alpha`.
+
+    Returns:
+        The parameters, and which slots were written, `(capacity,)` booleans.
+
+    Raises:
+        ValueError: for a site that cannot grow, shapes that do not fit it, or a `birth` leaf it does not have.
+
+    Example:
+        >>> neurons = tinyjax.tiny(statistics, num_neurons=8)
+        >>> params, born = tinyjax.write(params, site, neurons, amplitude=0.1)
+    """
+    require_growable(site)
+    leaves = site_leaves(params, site)
+    delta = neurons.delta if delta is None else delta
+    _check_shapes(site, neurons, delta)
+    (producer,) = site.producers
+    free = free_slots(params, site)
+    fan_in, fan_out, written = _in_slots(site, neurons, free, jnp.asarray(amplitude, neurons.alpha.dtype), limit)
+    fan_in = fan_in.astype(leaves[producer.leaf].dtype)
+    fan_out = fan_out.astype(leaves[site.consumers[0].leaf].dtype)
+    written &= _nonzero(fan_in, -1) | _nonzero(fan_out, -2)
+
+    depth = rows(producer)
+    leaves[producer.leaf] = _paste(producer.layout, leaves[producer.leaf], fan_in[..., :depth, :], written)
+    if producer.bias is not None:
+        leaf = producer.bias.leaf
+        leaves[leaf] = _paste(producer.bias, leaves[leaf], fan_in[..., depth:, :], written)
+    first_omega = first_delta = 0
+    for kernel in site.consumers:
+        block = fan_out[..., first_omega : first_omega + _fan_out_size(kernel)]
+        matrix = _fan_out_matrix(kernel.layout, block)
+        leaves[kernel.leaf] = _paste(kernel.layout, leaves[kernel.leaf], matrix, _slot_rows(kernel.layout, written))
+        first_omega += _fan_out_size(kernel)
+        if delta is not None:
+            update = jnp.asarray(amplitude, delta.dtype) * delta[..., first_delta : first_delta + cols(kernel)]
+            leaves |= _add(leaves, kernel, update, ~free, consumers_have_bias(site))
+            first_delta += cols(kernel)
+    return replace_leaves(params, leaves | _birth_values(site, leaves, written, birth or {})), written
+
+
+def _in_slots(
+    site: Site, neurons: NewNeurons, free: Array, amplitude: Array, limit: ArrayLike | None
+) -> tuple[Array, Array, Array]:
+    """Scaled fan-in `(*stack, D, C)` and fan-out `(*stack, C, Q)` by slot, and the slots meant to hold them."""
+    num_neurons = neurons.alpha.shape[-1]
+    rank = jnp.cumsum(free) - 1  # slot j, if free, is the rank-th free one: it takes neuron number rank
+    target = free & (rank < num_neurons)
+    if limit is not None:
+        target &= rank < limit
+    index = jnp.clip(rank, 0, num_neurons - 1)
+    root = jnp.sqrt(amplitude)
+    fan_in = jnp.take(root * neurons.alpha, index, axis=-1)
+    return fan_in, jnp.take(root.astype(neurons.omega.dtype) * neurons.omega, index, axis=-2), target
+
+
+def _nonzero(x: Array, slot_axis: int) -> Array:
+    """Which slots hold anything but zeros: any over all axes but one."""
+    x = jnp.moveaxis(x, slot_axis, 0)
+    return jnp.any(x.reshape(x.shape[0], -1) != 0, axis=1)
+
+
+def _paste(layout: Layout, leaf: Array, matrix: Array, mask: Array) -> Array:
+    """The leaf with the entries of `matrix` where `mask` (broadcast against the matrix) holds."""
+    return layout.from_matrix(jnp.where(mask, matrix.astype(leaf.dtype), layout.to_matrix(leaf)))
+
+
+def _fan_out_size(kernel: Kernel) -> int:
+    """Columns of omega that belong to a consumer: outputs times kernel offsets."""
+    slot = kernel.layout.slot
+    assert slot is not None
+    return rows(kernel) // kernel.layout.factors[slot] * cols(kernel)
+
+
+def _fan_out_matrix(layout: Layout, omega: Array) -> Array:
+    """Fan-out `(*stack, C, M * offsets)`, columns (output, offset), as the consumer's matrix `(*stack, H, M)`."""
+    stack = len(layout.stack)
+    offsets = [f for f in layout.rows if f != layout.slot]
+    num_outputs = omega.shape[-1]
+    for f in offsets:
+        num_outputs //= layout.factors[f]
+    x = omega.reshape(*omega.shape[:-1], num_outputs, *(layout.factors[f] for f in offsets))
+    # the axes are now (*stack, slot, output, *offsets); bring them into the order of the rows, outputs last
+    order = [stack if f == layout.slot else stack + 2 + offsets.index(f) for f in layout.rows]
+    x = x.transpose(*range(stack), *order, stack + 1)
+    return x.reshape(*omega.shape[:stack], -1, num_outputs)
+
+
+def _slot_rows(layout: Layout, mask: Array) -> Array:
+    """A mask over slots as a mask over the rows of the consumer's matrix, `(H, 1)`."""
+    sizes = [layout.factors[f] for f in layout.rows]
+    along = [-1 if f == layout.slot else 1 for f in layout.rows]
+    return jnp.broadcast_to(mask.reshape(along), sizes).reshape(-1, 1)
+
+
+def _add(leaves: Mapping[str, Array], kernel: Kernel, update: Array, used: Array, bias: bool) -> dict[str, Array]:
+    """The consumer's leaves with `update` `(*stack, H, M)` added to the rows of used slots and to the bias."""
+    old = leaves[kernel.leaf]
+    step = jnp.where(_slot_rows(kernel.layout, used), update[..., : rows(kernel), :], 0)
+    new = {kernel.leaf: old + kernel.layout.from_matrix(step).astype(old.dtype)}
+    if bias:
+        assert kernel.bias is not None
+        old = leaves[kernel.bias.leaf]
+        new[kernel.bias.leaf] = old + kernel.bias.from_matrix(update[..., rows(kernel) :, :]).astype(old.dtype)
+    return new
+
+
+def _birth_values(
+    site: Site, leaves: Mapping[str, Array], written: Array, birth: Mapping[str, ArrayLike]
+) -> dict[str, Array]:
+    """Scales, shifts and running statistics of the slots just written."""
+    bias = site.producers[0].bias
+    kernels = {k.leaf for k in (*site.producers, *site.consumers)} | ({bias.leaf} if bias is not None else set())
+    vectors = {m.leaf: m for m in site.members if m.leaf not in kernels}
+    for leaf in birth:
+        if leaf not in vectors:
+            known = ", ".join(f"`{v}`" for v in vectors) or "none"
+            raise ValueError(f"`birth` names `{leaf}`; the vectors of site `{site.name}` that it can set: {known}")
+    new = {}
+    for leaf, member in vectors.items():
+        old = member.layout.to_slots(leaves[leaf])
+        value = jnp.asarray(birth.get(leaf, NEUTRAL.get(member.role, 0)), old.dtype)
+        value = jnp.broadcast_to(value, old.shape[:-1])[..., None]
+        new[leaf] = member.layout.from_slots(jnp.where(written[:, None], value, old))
+    return new
+
+
+def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
+    (producer,) = site.producers
+    num_neurons = neurons.alpha.shape[-1]
+    if num_neurons < 1:
+        raise ValueError(f"no neurons to write at site `{site.name}`: `alpha` has shape {neurons.alpha.shape}")
+    inputs = rows(producer) + (producer.bias is not None)
+    outputs = sum(_fan_out_size(kernel) for kernel in site.consumers)
+    expected = {"alpha": (*site.stack, inputs, num_neurons), "omega": (*site.stack, num_neurons, outputs)}
+    got = {"alpha": neurons.alpha.shape, "omega": neurons.omega.shape}
+    if delta is not None:
+        hidden = {rows(kernel) + consumers_have_bias(site) for kernel in site.consumers}
+        expected["delta"] = (*site.stack, *hidden, sum(cols(kernel) for kernel in site.consumers))
+        got["delta"] = delta.shape
+    for name, shape in expected.items():
+        if got[name] != shape:
+            raise ValueError(f"`{name}` has shape {got[name]}; site `{site.name}` needs {shape}")
