@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-_GRAM_FROM = 192  # smallest dimension from which the SVD goes through the smaller Gram matrix (measured)
+_DIRECT_UP_TO = 64  # smallest dimension above which the smaller Gram is faster than a direct SVD (measured)
 
 
 class Factor(NamedTuple):
@@ -46,7 +46,9 @@ def relative_cutoff(dtype: jnp.dtype) -> float:
     return 1e-10 if jnp.finfo(dtype).bits >= 64 else 1e-6
 
 
-def correlation(matrix: Array, diagonal: Array | None = None) -> tuple[Array, Array]:
+def correlation(
+    matrix: Float[Array, "d d"], diagonal: Float[Array, " d"] | None = None
+) -> tuple[Float[Array, "d d"], Float[Array, "d 1"]]:
     """The matrix on the correlation scale, and the factors that bring vectors there.
 
     Args:
@@ -65,7 +67,7 @@ def correlation(matrix: Array, diagonal: Array | None = None) -> tuple[Array, Ar
     return scaled + jnp.diag(jnp.where(live, 0, 1).astype(matrix.dtype)), inverse_scale
 
 
-def factor(matrix: Array, ridge: float | Array = 0.0) -> Factor:
+def factor(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""] = 0.0) -> Factor:
     """A root of S + ridge diag(S).
 
     `ridge` the Python number 0 is exact: eigenvalues of the correlation matrix below `relative_cutoff` count as zero,
@@ -88,13 +90,15 @@ def factor(matrix: Array, ridge: float | Array = 0.0) -> Factor:
     return _cholesky_factor(matrix, ridge)
 
 
-def solve(matrix: Array, rhs: Array, ridge: float | Array = 0.0) -> Array:
+def solve(
+    matrix: Float[Array, "d d"], rhs: Float[Array, "d q"], ridge: float | int | Float[Array, ""] = 0.0
+) -> Float[Array, "d q"]:
     """(S + ridge diag(S))^+ X, of shape (D, q)."""
     root = factor(matrix, ridge)
     return root.unwhiten(root.whiten(rhs))
 
 
-def _eigen_factor(matrix: Array) -> Factor:
+def _eigen_factor(matrix: Float[Array, "d d"]) -> Factor:
     scaled, inverse_scale = correlation(matrix)
     values, vectors = jnp.linalg.eigh(scaled)
     kept = ~(values <= relative_cutoff(matrix.dtype) * values[-1])
@@ -119,7 +123,7 @@ def _eigen_factor(matrix: Array) -> Factor:
     )
 
 
-def _cholesky_factor(matrix: Array, ridge: float | Array) -> Factor:
+def _cholesky_factor(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""]) -> Factor:
     scaled, inverse_scale = correlation(matrix)
     size = len(matrix)
     ridge = jnp.maximum(jnp.asarray(ridge, matrix.dtype), size * jnp.finfo(matrix.dtype).eps)
@@ -131,7 +135,9 @@ def _cholesky_factor(matrix: Array, ridge: float | Array) -> Factor:
     )
 
 
-def top_singular(matrix: Array, num: int, floor: float | Array = 0.0) -> tuple[Array, Array, Array]:
+def top_singular(
+    matrix: Float[Array, "d q"], num: int, floor: float | int | Float[Array, ""] = 0.0
+) -> tuple[Float[Array, "d k"], Float[Array, " k"], Float[Array, "k q"]]:
     """The `num` largest singular triplets, padded with zeros beyond the numerical rank.
 
     The sign of each pair of vectors is the one that makes the largest entry of the right vector positive, so that two
@@ -146,7 +152,7 @@ def top_singular(matrix: Array, num: int, floor: float | Array = 0.0) -> tuple[A
         u (d, k), values (k,), v' (k, q).
     """
     rank = min(num, *matrix.shape)
-    if min(matrix.shape) < _GRAM_FROM:
+    if min(matrix.shape) <= _DIRECT_UP_TO:
         u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
         u, values, vt = u[:, :rank], values[:rank], vt[:rank]
     else:
@@ -159,7 +165,9 @@ def top_singular(matrix: Array, num: int, floor: float | Array = 0.0) -> tuple[A
     return jnp.pad(u, ((0, 0), pad)), jnp.pad(jnp.where(kept, values, 0), pad), jnp.pad(vt, (pad, (0, 0)))
 
 
-def _svd_by_gram(matrix: Array, num: int) -> tuple[Array, Array, Array]:
+def _svd_by_gram(
+    matrix: Float[Array, "d q"], num: int
+) -> tuple[Float[Array, "d k"], Float[Array, " k"], Float[Array, "k q"]]:
     """The first singular triplets from the smaller Gram matrix.
 
     Squaring loses singular values below sqrt(eps) of the first, so the Gram only gives a subspace; a small SVD of the

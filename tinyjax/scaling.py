@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.methods.base import Method, Neurons, declared
+
 LossAt = Callable[[Array], Array]
 _MAX_ROUNDS = 6
 
@@ -44,9 +46,7 @@ class _State(NamedTuple):
 
 def searches(amplitude: Callable[..., LineSearch]) -> bool:
     """Whether an amplitude rule, or a `functools.partial` of one, looks at the loss (unknown rules are taken to)."""
-    while isinstance(amplitude, functools.partial):
-        amplitude = amplitude.func
-    return getattr(amplitude, "searches", True)
+    return declared(amplitude, "searches", default=True)
 
 
 def fixed(gamma: float) -> Callable[..., LineSearch]:
@@ -165,13 +165,13 @@ vars(line_search)["searches"] = True
 vars(twin_search)["searches"] = True
 
 
-def normalize(neurons: Any, *, alpha: float | None = None, omega: float | None = None) -> Any:
+def normalize(neurons: Neurons, *, alpha: float | None = None, omega: float | None = None) -> Neurons:
     """Neurons whose root mean square norm is `alpha` on the fan-in and `omega` on the fan-out side.
 
     The mean is over the neurons that are not empty; None leaves a side as it is, and an empty side stays empty.
 
     Args:
-        neurons: with fields alpha (D, k) and omega (k, Q).
+        neurons: alpha (D, k) and omega (k, Q).
         alpha: norm of the fan-in, e.g. sqrt(1e-3).
         omega: norm of the fan-out.
 
@@ -182,9 +182,7 @@ def normalize(neurons: Any, *, alpha: float | None = None, omega: float | None =
     )
 
 
-def normalized(
-    method: Callable[..., Any], *, alpha: float | None = None, omega: float | None = None
-) -> Callable[..., Any]:
+def normalized(method: Method, *, alpha: float | None = None, omega: float | None = None) -> Method:
     """The method followed by `normalize`, a method itself.
 
     Example:
@@ -192,7 +190,7 @@ def normalized(
     """
 
     @functools.wraps(method)
-    def with_norms(*args: Any, **kwargs: Any) -> Any:
+    def with_norms(*args: Any, **kwargs: Any) -> Neurons:
         return normalize(method(*args, **kwargs), alpha=alpha, omega=omega)
 
     return with_norms

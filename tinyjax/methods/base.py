@@ -48,23 +48,24 @@ def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]
     return declare
 
 
+def declared(function: Callable[..., Any], name: str, default: bool) -> bool:
+    """A trait that a function declares, also through `functools.partial` and `functools.wraps`."""
+    while not hasattr(function, name):
+        inner = getattr(function, "func", None) or getattr(function, "__wrapped__", None)
+        if inner is None:
+            return default
+        function = inner
+    return getattr(function, name)
+
+
 def is_function_preserving(method: Method) -> bool:
-    """Whether a method, or a `functools.partial` or wrapper of one, declares that it keeps the function."""
-    return _trait(method, "function_preserving")
+    """Whether a method declares that its neurons change no output of the network."""
+    return declared(method, "function_preserving", default=False)
 
 
 def is_stochastic(method: Method) -> bool:
-    """Whether a method, or a `functools.partial` or wrapper of one, declares that it needs a key."""
-    return _trait(method, "stochastic")
-
-
-def _trait(method: Any, name: str) -> bool:
-    while not hasattr(method, name):
-        inner = getattr(method, "func", None) or getattr(method, "__wrapped__", None)
-        if inner is None:
-            return False
-        method = inner
-    return getattr(method, name)
+    """Whether a method declares that it needs a key."""
+    return declared(method, "stochastic", default=False)
 
 
 def require_key(key: Array | None, method: str) -> Array:
