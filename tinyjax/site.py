@@ -126,14 +126,20 @@ class Sites(Sequence[Site]):
             (
                 site.name,
                 " x ".join(map(str, (*site.stack, site.capacity))),
-                ", ".join(k.leaf for k in site.producers) or "-",
-                ", ".join(k.leaf for k in site.consumers) or "-",
+                _brief(site.producers),
+                _brief(site.consumers),
                 "yes" if site.growable else f"no: {site.reason}",
             )
             for site in self._sites
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[4]]).rstrip() for row in rows)
+
+
+def _brief(kernels: Sequence[Kernel]) -> str:
+    """The first two leaves and how many more there are."""
+    names = [kernel.leaf.removeprefix("params/") for kernel in kernels]
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "") or "-"
 
 
 def resized(sites: Iterable[Site], capacities: Mapping[str, int]) -> Sites:

@@ -1,0 +1,136 @@
+"""What lies between the producer of a hidden dimension and its consumers.
+
+A site can grow when the consumer reads, row by row and slot by slot, what the producer wrote: then the producer's input
+is the tangent of a new neuron's fan-in, and an empty neuron (fan-in and bias zero) must arrive at the consumer as zero.
+`Flow` follows one product forward and knows of every value whether its rows are still the producer's, and what an empty
+slot holds there.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinyjax.atoms import Atom, roots
+from tinyjax.axes import ELEMENTWISE, REDUCTIONS, Axes
+from tinyjax.trace import Graph, Op, Value
+from tinyjax.uses import Wiring, is_view
+
+ROW_BY_ROW = ""
+
+
+class Flow:
+    """The values computed from one product along one hidden dimension.
+
+    Attributes:
+        mixing: for every value that depends on the product along the dimension, why its rows are no longer the product's
+            (`ROW_BY_ROW`, the empty string, where they are).
+        empty: what an empty slot holds there, where that is a known number.
+        culprit: for a value at which an empty slot is not zero, the operation that made it so.
+        met: for every parameter leaf that met the flow, by which operation, and through which ones it came.
+    """
+
+    def __init__(self, graph: Graph, axes: Axes, wiring: Wiring, start: Value, slots: Atom):
+        self.mixing: dict[Value, str] = {start: ROW_BY_ROW}
+        self.empty: dict[Value, Any] = {start: _zero(start)}
+        self.culprit: dict[Value, str] = {}
+        self.met: dict[int, tuple[str, frozenset[str]]] = {}
+        self._axes, self._wiring, self._slots = axes, wiring, slots
+        for op in graph.ops:
+            if any(v in self.mixing for v in op.ins):
+                self._follow(op)
+
+    def _follow(self, op: Op) -> None:
+        along = [out for out in op.outs if self._has_slots(out)]
+        if not along:
+            return  # the dimension ends here: a consumer, or a reduction over it
+        self._meet_parameters(op)
+        why = self._mixed_by(op)
+        value = self._empty_value(op)
+        for out in along:
+            self.mixing[out] = why
+            if value is not None:
+                self.empty[out] = np.asarray(value).astype(out.dtype)
+            self._blame(op, out)
+
+    def _has_slots(self, value: Value) -> bool:
+        return any(atom is self._slots for axis in self._axes[value] for atom in roots(axis))
+
+    def _mixed_by(self, op: Op) -> str:
+        reasons = [self.mixing[v] for v in op.ins if v in self.mixing]
+        if op.name == "carry":
+            return "it is carried from one step of a scan to the next"
+        if op.name in ELEMENTWISE or op.name == "broadcast_in_dim" or is_view(op) or op.name in ("stack", "unstack"):
+            # One operand with the rows of the product is enough: statistics over rows may modulate it.
+            mixed = [r for r in reasons if r != ROW_BY_ROW and not r.startswith("its rows are summarised")]
+            return mixed[0] if mixed else (ROW_BY_ROW if ROW_BY_ROW in reasons else reasons[0])
+        if op.name in REDUCTIONS:
+            return f"its rows are summarised by `{op.name}`"
+        return f"its rows are mixed by `{op.name}`"
+
+    def _empty_value(self, op: Op) -> Any:
+        known = [self._known(v, op.name in ("add", "add_any", "sub")) for v in op.ins]
+        if op.name in ("mul", "and") and any(k is not None and k == 0 for k in known):
+            return 0
+        if op.name == "div" and known[0] is not None and known[0] == 0:
+            return 0
+        if op.name == "select_n" and all(k is not None for k in known[1:]) and len({float(k) for k in known[1:]}) == 1:
+            return known[1]
+        if op.name in ("merge", "carry") and all(k is not None for k in known) and len({float(k) for k in known}) == 1:
+            return known[0]
+        if is_view(op) or op.name in ("broadcast_in_dim", "stack", "unstack", "reduce_max", "reduce_min", "carry"):
+            return known[0]
+        if op.name == "reduce_sum":
+            return 0 if known[0] is not None and known[0] == 0 else None
+        if op.name in ELEMENTWISE and all(k is not None for k in known) and op.eqn is not None:
+            with jax.ensure_compile_time_eval():
+                return op.eqn.primitive.bind(*[np.asarray(k, v.dtype) for k, v in zip(known, op.ins)], **op.params)
+        return None
+
+    def _known(self, value: Value, shifts: bool) -> Any:
+        """What an empty slot holds in an operand; a parameter vector that is *added* (`shifts`) is zero there."""
+        if value in self.empty:
+            return self.empty[value]
+        if value.const is not None:
+            return value.const
+        if shifts and self._wiring.vector(value) is not None and self._has_slots(value):
+            return _zero(value)
+        op = self._wiring.made_by.get(value)
+        if op is not None and op.name in ("broadcast_in_dim", "convert_element_type", "reshape"):
+            return self._known(op.ins[0], shifts)
+        return None
+
+    def _meet_parameters(self, op: Op) -> None:
+        for value in op.ins:
+            if value in self.mixing or not self._has_slots(value):
+                continue
+            for leaf, through in _leaves_behind(self._wiring, self._axes, value).items():
+                self.met.setdefault(leaf, (op.name, through))
+
+    def _blame(self, op: Op, out: Value) -> None:
+        earlier = [self.culprit[v] for v in op.ins if v in self.culprit]
+        value = self.empty.get(out)
+        if value is not None and value == 0:
+            return
+        self.culprit[out] = earlier[0] if earlier else op.name
+
+
+def _zero(value: Value) -> Any:
+    return np.zeros((), value.dtype)
+
+
+def _leaves_behind(wiring: Wiring, axes: Axes, value: Value) -> dict[int, frozenset[str]]:
+    """Parameter leaves from which a parameter-only value is made, with the operations on the way."""
+    found: dict[int, frozenset[str]] = {}
+    seen: set[Value] = set()
+    queue: list[tuple[Value, frozenset[str]]] = [(value, frozenset())]
+    while queue:
+        v, through = queue.pop()
+        if v in seen:
+            continue
+        seen.add(v)
+        if v in wiring.views:
+            found[wiring.views[v].leaf] = through
+        elif (op := wiring.made_by.get(v)) is not None and axes.parameter_only(v):
+            queue += [(source, through | {op.name}) for source in op.ins]
+    return found

@@ -1,0 +1,257 @@
+"""A loss function as a flat list of operations.
+
+`trace` runs the user's unmodified loss through `jax.make_jaxpr`; `Graph` lists its equations with calls inlined, so that
+an analysis is one loop over `graph.ops`. Every fact about jaxprs that changes between JAX releases (names of call-like
+primitives, where a sub-jaxpr is kept, how `scan` counts its operands) lives in this file.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from tinyjax.layout import Params, path_name
+
+JIT = frozenset({"jit", "pjit", "closed_call", "core_call", "xla_call"})
+REMAT = frozenset({"checkpoint", "remat", "remat2"})
+CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+MATMULS = frozenset({"dot_general", "conv_general_dilated"})
+# Operations that only rename or rearrange entries: what they return is the same tensor.
+VIEWS = frozenset(
+    "reshape transpose squeeze convert_element_type copy copy_p sharding_constraint optimization_barrier name unstack".split()
+)
+
+
+class Trace(NamedTuple):
+    """A traced loss.
+
+    Attributes:
+        jaxpr: the closed jaxpr of `loss_fn(params, batch)`; its first output is the loss.
+        leaf_names: paths of the parameter leaves, the jaxpr's first inputs.
+        batched: for each batch leaf (the remaining inputs), whether its leading axis counts samples.
+        num_samples: number of samples in the batch.
+        out_tree: structure of what the loss function returns.
+    """
+
+    jaxpr: ClosedJaxpr
+    leaf_names: tuple[str, ...]
+    batched: tuple[bool, ...]
+    num_samples: int
+    out_tree: Any
+
+
+def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: bool = False) -> Trace:
+    """Traces `loss_fn(params, batch)` without running it.
+
+    Raises:
+        ValueError: the batch is empty or ragged or holds a raw key; the loss is not a real scalar; with `has_aux`, the
+            function does not return a pair.
+    """
+    num_samples = batch_size(batch)
+    jaxpr, out = jax.make_jaxpr(loss_fn, return_shape=True)(params, batch)
+    loss = out
+    if has_aux:
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError("with `has_aux=True`, `loss_fn` must return a pair `(loss, aux)`")
+        loss = out[0]
+    if not hasattr(loss, "shape"):
+        raise ValueError(
+            f"`loss_fn` must return one scalar, not {jax.tree.structure(loss)}; pass `has_aux=True` if it returns `(loss, aux)`"
+        )
+    if loss.shape != () or not np.issubdtype(loss.dtype, np.floating):
+        raise ValueError(
+            f"`loss_fn` must return a real scalar, the mean over the samples; it returns {loss.dtype}{list(loss.shape)}"
+        )
+    return Trace(
+        jaxpr=jaxpr,
+        leaf_names=tuple(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)),
+        batched=tuple(has_samples(leaf) for leaf in jax.tree.leaves(batch)),
+        num_samples=num_samples,
+        out_tree=jax.tree.structure(out),
+    )
+
+
+def has_samples(leaf: Any) -> bool:
+    """Whether the leading axis of a batch leaf counts samples: true but for typed PRNG keys and 0-d leaves."""
+    return np.ndim(leaf) > 0 and not jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples of a batch.
+
+    Raises:
+        ValueError: no leaf has a leading axis, the leading axes differ, the batch is empty, or a leaf is a raw key.
+    """
+    sizes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        where = f"`batch`{jax.tree_util.keystr(path)}"
+        if np.shape(leaf) == (2,) and getattr(leaf, "dtype", None) == np.uint32:
+            raise ValueError(f"{where} looks like a raw uint32 PRNG key; pass a typed key, `jax.random.key(seed)`")
+        if has_samples(leaf):
+            sizes[where] = np.shape(leaf)[0]
+    if not sizes:
+        raise ValueError("`batch` has no array with a leading sample axis")
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{where} has {n}" for where, n in sizes.items())
+        raise ValueError(f"every leaf of `batch` must have the samples as its leading axis, but {listed}")
+    (num_samples,) = set(sizes.values())
+    if num_samples == 0:
+        raise ValueError("`batch` is empty: it holds 0 samples")
+    return num_samples
+
+
+@dataclasses.dataclass(eq=False, frozen=True)
+class Value:
+    """A tensor of the graph (compared by identity).
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        kind: `"param"`, `"batch"`, `"const"`, or `"op"`.
+        index: which parameter or batch leaf.
+        const: the number, for a scalar literal.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    kind: str = "op"
+    index: int = -1
+    const: Any = None
+
+
+@dataclasses.dataclass(eq=False, frozen=True)
+class Op:
+    """One operation of the flat graph.
+
+    Attributes:
+        name: the primitive's name, or one of the pseudo-operations `carry` (a value passed around a scan or out of a
+            call), `unstack` and `stack` (slices in and out of a scan) and `merge` (the results of the branches of a cond).
+        ins: operands.
+        outs: results.
+        eqn: the equation, None for a pseudo-operation.
+        path: indices of the equation and of those around it, outermost first: the operation's identity.
+        stack: lengths of the scans around it.
+        inside: opaque calls around it (`cond`, `custom_vjp_call`, ...), through which nothing can be probed.
+    """
+
+    name: str
+    ins: tuple[Value, ...]
+    outs: tuple[Value, ...]
+    eqn: JaxprEqn | None
+    path: tuple[int, ...]
+    stack: tuple[int, ...] = ()
+    inside: tuple[str, ...] = ()
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters of the equation."""
+        return {} if self.eqn is None else self.eqn.params
+
+
+class Graph(NamedTuple):
+    """The flat graph of a trace: parameters, batch leaves, operations in order, the loss."""
+
+    params: tuple[Value, ...]
+    batch: tuple[Value, ...]
+    ops: tuple[Op, ...]
+    loss: Value
+
+
+def flatten(traced: Trace) -> Graph:
+    """Inlines every call of a traced loss into one list of operations."""
+    jaxpr = traced.jaxpr.jaxpr
+    num_params = len(traced.leaf_names)
+    inputs = [
+        Value(v.aval.shape, v.aval.dtype, *(("param", i) if i < num_params else ("batch", i - num_params)))
+        for i, v in enumerate(jaxpr.invars)
+    ]
+    ops: list[Op] = []
+    outs = _inline(ops, jaxpr, traced.jaxpr.consts, inputs, (), (), ())
+    return Graph(tuple(inputs[:num_params]), tuple(inputs[num_params:]), tuple(ops), outs[0])
+
+
+def subjaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]]:
+    """The jaxpr of a call-like equation, and its constants."""
+    inner = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params)
+    return open_jaxpr(inner)
+
+
+def open_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """A jaxpr and its constants, whether it came closed or not."""
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
+
+
+class ScanCounts(NamedTuple):
+    """How the operands of a scan divide."""
+
+    consts: int
+    carry: int
+
+
+def scan_counts(eqn: JaxprEqn) -> ScanCounts:
+    """Numbers of constants and carries of a scan, read off the ranks: what is sliced has one axis less inside."""
+    body, _ = subjaxpr(eqn)
+    sliced = sum(len(o.aval.shape) != len(i.aval.shape) for o, i in zip(eqn.invars, body.invars))
+    carry = sum(len(o.aval.shape) == len(i.aval.shape) for o, i in zip(eqn.outvars, body.outvars))
+    return ScanCounts(consts=len(eqn.invars) - carry - sliced, carry=carry)
+
+
+def _inline(
+    ops: list[Op],
+    jaxpr: Jaxpr,
+    consts: Sequence[Any],
+    ins: Sequence[Value],
+    path: tuple[int, ...],
+    stack: tuple[int, ...],
+    inside: tuple[str, ...],
+) -> list[Value]:
+    env: dict[Any, Value] = dict(zip(jaxpr.invars, ins))
+    env.update((v, _constant(c)) for v, c in zip(jaxpr.constvars, consts))
+
+    def read(v: Any) -> Value:
+        return _constant(v.val) if isinstance(v, Literal) else env[v]
+
+    def emit(name: str, sources: Sequence[Value], like: Any, at: tuple[int, ...], lengths: tuple[int, ...]) -> Value:
+        out = Value(like.aval.shape, like.aval.dtype)
+        ops.append(Op(name, tuple(sources), (out,), None, at, lengths, inside))
+        return out
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        at, name = (*path, i), eqn.primitive.name
+        args = [read(v) for v in eqn.invars]
+        if name in JIT | REMAT | CUSTOM:
+            outs = _inline(ops, *subjaxpr(eqn), args, at, stack, (*inside, name) if name in CUSTOM else inside)
+        elif name == "scan":
+            body, body_consts = subjaxpr(eqn)
+            num_consts, num_carry = scan_counts(eqn)
+            deeper = (*stack, eqn.params["length"])
+            first_x = num_consts + num_carry
+            inner = args[:num_consts]
+            inner += [emit("carry", [a], v, at, deeper) for a, v in zip(args[num_consts:first_x], body.invars[num_consts:])]
+            inner += [emit("unstack", [a], v, at, deeper) for a, v in zip(args[first_x:], body.invars[first_x:])]
+            results = _inline(ops, body, body_consts, inner, at, deeper, inside)
+            # A carry that leaves one iteration is the carry that enters the next.
+            outs = [
+                emit("carry", [r, entered], v, at, stack)
+                for r, entered, v in zip(results[:num_carry], inner[num_consts:first_x], eqn.outvars)
+            ]
+            outs += [emit("stack", [r], v, at, stack) for r, v in zip(results[num_carry:], eqn.outvars[num_carry:])]
+        elif name == "cond":
+            branches = [
+                _inline(ops, *open_jaxpr(branch), args[1:], (*at, b), stack, (*inside, "cond"))
+                for b, branch in enumerate(eqn.params["branches"])
+            ]
+            outs = [emit("merge", results, v, at, stack) for *results, v in zip(*branches, eqn.outvars)]
+        else:
+            outs = [Value(v.aval.shape, getattr(v.aval, "dtype", None)) for v in eqn.outvars]
+            ops.append(Op(name, tuple(args), tuple(outs), eqn, at, stack, inside))
+        env.update(zip(eqn.outvars, outs))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _constant(value: Any) -> Value:
+    shape = np.shape(value)
+    return Value(shape, getattr(value, "dtype", np.result_type(value)), "const", const=value if shape == () else None)

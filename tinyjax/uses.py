@@ -1,0 +1,236 @@
+"""Where the network multiplies by its parameters.
+
+A *use* is a matrix product one of whose operands is a view (reshape, transpose, cast, slice of a scan) of a parameter
+leaf. Each use knows how the leaf, the other operand and the result are laid out as matrices. A leaf that reaches a
+product through anything else than views is *obstructed*: no input or V_goal can be attributed to it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tinyjax.atoms import Atom, Axis, parts, root
+from tinyjax.axes import Axes, contraction
+from tinyjax.layout import Layout
+from tinyjax.trace import MATMULS, VIEWS, Graph, Op, Value
+
+
+@dataclasses.dataclass(eq=False, frozen=True)
+class Use:
+    """One matrix product with a parameter leaf.
+
+    Attributes:
+        op: the operation.
+        operand: which of its operands is the kernel (0 or 1).
+        kernel: layout of the leaf, rows contracted and cols kept.
+        inputs: the other operand, rows = everything but the contracted axes, cols = contracted, in the kernel's order.
+        outputs: the result, rows = those of `inputs` in the same order, cols = the kernel's.
+        rows: for each row factor of `inputs` and `outputs` its atom, None for a scan around the operation.
+        bias: layout of the vector that is added to the product, or None.
+        biased: the value after that addition (the product itself without bias).
+        trouble: why the product cannot be read as a plain matrix product, or "".
+    """
+
+    op: Op
+    operand: int
+    kernel: Layout
+    inputs: Layout
+    outputs: Layout
+    rows: tuple[Atom | None, ...]
+    bias: Layout | None
+    biased: Value
+    trouble: str
+
+    @property
+    def leaf(self) -> str:
+        """Path of the kernel."""
+        return self.kernel.leaf
+
+    @property
+    def input_value(self) -> Value:
+        """The operand that is not the kernel."""
+        return self.op.ins[1 - self.operand]
+
+
+class View(NamedTuple):
+    """A value that is a parameter leaf up to layout, `depth` leading axes having been taken off by scans."""
+
+    leaf: int
+    depth: int
+
+
+class Wiring:
+    """How values and operations of a graph hang together.
+
+    Attributes:
+        made_by: the operation that makes a value.
+        used_by: the operations that read it.
+        views: values that are views of a leaf.
+    """
+
+    def __init__(self, graph: Graph):
+        self.made_by: dict[Value, Op] = {v: op for op in graph.ops for v in op.outs}
+        self.used_by: dict[Value, list[Op]] = {}
+        self.views: dict[Value, View] = {v: View(i, 0) for i, v in enumerate(graph.params)}
+        for op in graph.ops:
+            for v in op.ins:
+                self.used_by.setdefault(v, []).append(op)
+            if op.ins and op.ins[0] in self.views and is_view(op):
+                leaf, depth = self.views[op.ins[0]]
+                self.views[op.outs[0]] = View(leaf, depth + (op.name == "unstack"))
+
+    def vector(self, value: Value) -> tuple[View, Value] | None:
+        """The view that a value broadcasts, and the value that is this view."""
+        while value not in self.views:
+            op = self.made_by.get(value)
+            if op is None or not (is_view(op) or op.name == "broadcast_in_dim"):
+                return None
+            value = op.ins[0]
+        return self.views[value], value
+
+
+def is_view(op: Op) -> bool:
+    """Whether an operation only renames or rearranges the entries of its operand."""
+    if op.name == "broadcast_in_dim":
+        return _size(op.ins[0]) == _size(op.outs[0])
+    return op.name in VIEWS and len(op.outs) == 1
+
+
+def _size(value: Value) -> int:
+    size = 1
+    for n in value.shape:
+        size *= n
+    return size
+
+
+def find_uses(graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...]) -> tuple[list[Use], dict[Value, str]]:
+    """All uses in order, and the operands that are made from parameters in a way no use can describe, with the reason."""
+    uses, obstructed = [], {}
+    for op in graph.ops:
+        if op.name not in MATMULS:
+            continue
+        for k, value in enumerate(op.ins[:2]):
+            if value in wiring.views:
+                uses.append(_use(graph, axes, wiring, names, op, k))
+            elif axes.parameter_only(value) and value.kind == "op":
+                if (found := _obstruction(graph, wiring, names, value)) is not None:
+                    obstructed[value] = found
+    return uses, obstructed
+
+
+def leaf_factors(axes: Axes, value: Value) -> tuple[list, tuple[int, ...], tuple[int, ...]]:
+    """Atoms (None for an axis of length one), sizes and axis numbers of the factors of a tensor."""
+    atoms, numbers = [], []
+    for number, axis in enumerate(axes[value]):
+        found = parts(axis) or [None]
+        atoms += found
+        numbers += [number] * len(found)
+    return atoms, tuple(1 if a is None else a.size for a in atoms), tuple(numbers)
+
+
+def leaf_layout(axes: Axes, leaf: Value, name: str, depth: int, rows: Axis = (), cols: Axis = ()) -> Layout | None:
+    """The layout of a leaf given the atoms of its rows and columns; None if it has others besides."""
+    atoms, sizes, numbers = leaf_factors(axes, leaf)
+    stack = tuple(f for f, number in enumerate(numbers) if number < depth)
+    index = {id(a): f for f, a in enumerate(atoms) if a is not None and f not in stack}
+    if any(id(a) not in index for a in (*rows, *cols)):
+        return None
+    row_factors = tuple(index[id(a)] for a in rows)
+    col_factors = tuple(index[id(a)] for a in cols)
+    rest = [f for f in range(len(sizes)) if f not in (*stack, *row_factors, *col_factors)]
+    if any(sizes[f] != 1 for f in rest):
+        return None
+    return Layout(name, sizes, numbers, None, stack, (*rest, *row_factors), col_factors)
+
+
+def _use(graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...], op: Op, k: int) -> Use:
+    leaf, depth = wiring.views[op.ins[k]]
+    trouble = f"`{names[leaf]}` is used inside `{op.inside[-1]}`, which cannot be probed" if op.inside else ""
+    if op.name != "dot_general":
+        trouble = trouble or "it meets a convolution"
+        empty = Layout(names[leaf], (), ())
+        return Use(op, k, empty, empty, empty, (), None, op.outs[0], trouble)
+    sides = contraction(op)
+    if sides.batched[k]:
+        trouble = trouble or f"`{names[leaf]}` is a batch of kernels (one for each entry of another axis)"
+    kernel_axes, input_axes = axes[op.ins[k]], axes[op.ins[1 - k]]
+    row_atoms = tuple(a for d in sides.contracted[k] for a in parts(kernel_axes[d]))
+    col_atoms = tuple(a for d in sides.free[k] for a in parts(kernel_axes[d]))
+    stacked = depth > 0
+    kernel = leaf_layout(axes, graph.params[leaf], names[leaf], depth, row_atoms, col_atoms)
+    if kernel is None or (stacked and depth != len(op.stack)):
+        trouble = trouble or f"`{names[leaf]}` is sliced in a way that cannot be followed"
+        kernel = kernel or Layout(names[leaf], (), ())
+    inputs, rows = _array_layout(f"input of {names[leaf]}", op, stacked, input_axes, sides.contracted[1 - k])
+    out_axes = axes[op.outs[0]]
+    first = len(out_axes) - len(sides.free[k]) if k == 1 else len(sides.batched[k])
+    kept = range(first, first + len(sides.free[k]))
+    outputs, _ = _array_layout(f"output of {names[leaf]}", op, stacked, out_axes, kept)
+    bias, biased = _bias(graph, axes, wiring, names, op, k, col_atoms, depth)
+    return Use(op, k, kernel, inputs, outputs, rows, bias, biased, trouble)
+
+
+def _array_layout(
+    name: str, op: Op, stacked: bool, tensor: list[Axis], cols: Sequence[int]
+) -> tuple[Layout, tuple[Atom | None, ...]]:
+    """A captured array as a matrix, and the atom of each of its row factors.
+
+    A recorded array carries the scans around the operation in front. They are layers of a stack where the kernel is
+    sliced by them (`stacked`), rows otherwise.
+    """
+    sizes, numbers = list(op.stack), list(range(len(op.stack)))
+    rows: list[tuple[int, Atom | None]] = [] if stacked else [(f, None) for f in numbers]
+    factors_of: dict[int, list[int]] = {}
+    for d, axis in enumerate(tensor):
+        found: list[Atom | None] = [*parts(axis)] or [None]
+        factors_of[d] = list(range(len(sizes), len(sizes) + len(found)))
+        if d not in cols:
+            rows += zip(factors_of[d], found)
+        sizes += [1 if a is None else a.size for a in found]
+        numbers += [len(op.stack) + d] * len(found)
+    stack = tuple(range(len(op.stack))) if stacked else ()
+    col_factors = tuple(f for d in cols for f in factors_of[d])
+    layout = Layout(name, tuple(sizes), tuple(numbers), None, stack, tuple(f for f, _ in rows), col_factors)
+    return layout, tuple(a for _, a in rows)
+
+
+def _bias(
+    graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...], op: Op, k: int, cols: Axis, depth: int
+) -> tuple[Layout | None, Value]:
+    """The vector added to a product, found by following the product through views to the addition."""
+    value = op.outs[0]
+    while len(users := wiring.used_by.get(value, [])) == 1:
+        (user,) = users
+        if is_view(user) and user.name != "unstack":
+            value = user.outs[0]
+            continue
+        if user.name not in ("add", "add_any") or user.ins[0] is user.ins[1]:
+            break
+        found = wiring.vector(user.ins[1] if user.ins[0] is value else user.ins[0])
+        if found is None or found[0].depth != depth:
+            break
+        view, vector = found
+        own = {root(a): a for axis in axes[vector] for a in parts(axis)}
+        wanted = [root(a) for a in cols]
+        if len(set(wanted)) != len(wanted) or set(own) != set(wanted):
+            break
+        ordered = tuple(own[r] for r in wanted)
+        layout = leaf_layout(axes, graph.params[view.leaf], names[view.leaf], view.depth, cols=ordered)
+        return (layout, user.outs[0]) if layout is not None else (None, op.outs[0])
+    return None, op.outs[0]
+
+
+def _obstruction(graph: Graph, wiring: Wiring, names: tuple[str, ...], value: Value) -> str | None:
+    """Which matrix leaf a parameter-only operand comes from, and the first operation that is not a view."""
+    seen, queue = set(), [value]
+    while queue:
+        v = queue.pop()
+        op = wiring.made_by.get(v)
+        if op is None or v in seen:
+            continue
+        seen.add(v)
+        for source in op.ins:
+            if source in wiring.views and len(source.shape) > 1:
+                return f"`{names[wiring.views[source].leaf]}` reaches the matrix product through `{op.name}`"
+        queue += op.ins
+    return None
