@@ -1,4 +1,4 @@
-"""Small networks in plain JAX with their hidden dimensions described by hand: one for each way a slot can lie in a leaf.
+"""Small networks in plain JAX, hidden dimensions described by hand: one for each way a slot can lie in a leaf.
 
 Tests of surgery and optimizers use these so that they do not depend on discovery.
 """
@@ -83,7 +83,7 @@ def mlp(h1: int = 6, h2: int = 4) -> Example:
 
 
 def torch_like(h: int = 6) -> Example:
-    """5 -> h -> two heads (2 and 3 outputs) that read the same tensor; kernels stored (out, in), one head has no bias."""
+    """5 -> h -> two heads (2 and 3 outputs) that read one tensor; kernels stored (out, in), one head has no bias."""
     params = values(2, w=(h, 5), u=(2, h), c=(2,), v=(3, h))
 
     def apply(params, x):

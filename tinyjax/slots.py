@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from tinyjax.layout import Layout, Params, live, require_leaves
@@ -149,7 +150,7 @@ def require_names(sites: Sites, names: Iterable[str]) -> None:
 
 def require_concrete(params: Params, what: str) -> None:
     """Raises a ValueError when called while tracing: shapes cannot depend on traced values."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"{what} depends on which slots are free: call it on concrete arrays, outside `jit`")
 
 

@@ -3,6 +3,13 @@
 from tinyjax.slots import free_slots as free_slots
 from tinyjax.slots import matrices as matrices
 from tinyjax.slots import width as width
+from tinyjax.surgery.capacity import exact as exact
+from tinyjax.surgery.capacity import full as full
+from tinyjax.surgery.capacity import geometric as geometric
+from tinyjax.surgery.capacity import multiple_of as multiple_of
+from tinyjax.surgery.prune import prune as prune
+from tinyjax.surgery.resize import compact as compact
+from tinyjax.surgery.resize import resize as resize
 from tinyjax.surgery.write import NewNeurons as NewNeurons
 from tinyjax.surgery.write import thin as thin
 from tinyjax.surgery.write import write as write

@@ -248,7 +248,10 @@ def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
         raise ValueError(f"no neurons to write at site `{site.name}`: `alpha` has shape {neurons.alpha.shape}")
     inputs = rows(producer) + (producer.bias is not None)
     outputs = sum(_fan_out_size(kernel) for kernel in site.consumers)
-    expected = {"alpha": (*site.stack, inputs, num_neurons), "omega": (*site.stack, num_neurons, outputs)}
+    expected: dict[str, tuple[int, ...]] = {
+        "alpha": (*site.stack, inputs, num_neurons),
+        "omega": (*site.stack, num_neurons, outputs),
+    }
     got = {"alpha": neurons.alpha.shape, "omega": neurons.omega.shape}
     if delta is not None:
         hidden = {rows(kernel) + consumers_have_bias(site) for kernel in site.consumers}

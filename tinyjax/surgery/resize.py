@@ -1,0 +1,219 @@
+"""Another capacity, the same function: pads every leaf of a site with empty slots, or cuts empty slots off.
+
+A leaf is changed by indexing its axes: each new slot names the old slot it continues, or none. Optimizer states and
+other trees shaped like the parameters follow by the same indices, so nothing is forgotten at a growth.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tinyjax.layout import Params, named_leaves, path_name
+from tinyjax.site import Site, Sites, as_sites, resized
+from tinyjax.slots import (
+    NEUTRAL,
+    free_slots,
+    require_concrete,
+    require_growable,
+    require_names,
+    site_leaves,
+    width,
+)
+from tinyjax.surgery.capacity import Policy
+from tinyjax.surgery.trained import Trainable, everything, owner, trained_names
+
+
+@runtime_checkable
+class Initialiser(Protocol):
+    """What `resize` needs of an optimizer: an Optax `GradientTransformation` has it."""
+
+    @property
+    def init(self) -> Callable[[Any], Any]: ...  # noqa: D102
+
+
+class _Change(NamedTuple):
+    """How a leaf changes: old shape, the old index of every new one (-1: new) for each changed axis, the padding."""
+
+    shape: tuple[int, ...]
+    axes: dict[int, np.ndarray]
+    padding: int
+
+
+def resize(
+    params: Params,
+    sites: Sites | Sequence[Site] | Site,
+    capacities: Policy | Mapping[str, int],
+    *,
+    optimizer: Initialiser | None = None,
+    opt_state: Any = None,
+    like: Sequence[Any] = (),
+    trainable: Trainable = everything,
+) -> tuple[Any, ...]:
+    """Gives sites another capacity without changing the network's function.
+
+    New slots are empty (scale and running variance 1). Cutting removes free slots only, the last ones first; used slots
+    move to the front when they would be cut otherwise. Slots keep their order.
+
+    Args:
+        params: the parameters the sites were found in.
+        sites: all sites of the network that share leaves with the resized ones.
+        capacities: new capacities by site name (others keep theirs), or a policy, called with the widths in use.
+        optimizer: the Optax optimizer of `opt_state`.
+        opt_state: optimizer state to take along: `optimizer.init` of the new parameters, in which leaves of unchanged
+            shape are kept and the others pasted slot by slot. A leaf that does not have its parameter's axes (factored
+            moments) starts afresh.
+        like: other trees shaped like the parameters or their trained part (moving averages), resized the same way.
+        trainable: the part of the parameters that `optimizer` sees.
+
+    Returns:
+        `(params, sites)`, or `(params, opt_state, sites)`, with the resized `like` before the sites when given:
+        `(params, like, sites)`, `(params, opt_state, like, sites)`. The sites know the new capacities.
+
+    Raises:
+        ValueError: for an unknown site, one that cannot grow, a capacity below its width (named), a state without
+            optimizer, a state that does not belong to the parameters; or when cutting while traced.
+
+    Example:
+        >>> params, opt_state, sites = resize(params, sites, {"fc1": 64}, optimizer=tx, opt_state=opt_state)
+    """
+    sites = as_sites(sites)
+    if (optimizer is None) != (opt_state is None):
+        raise ValueError("`optimizer` and `opt_state` belong together: pass both or none")
+    if callable(capacities):
+        require_concrete(params, "the capacity that a policy chooses")
+        capacities = capacities({site.name: int(width(params, site)) for site in sites.growable}, None)
+    changes = _changes(params, sites, capacities)
+    new = _resize_like(params, changes, dict.fromkeys(named_leaves(params), ""))
+    result = [new]
+    trained = trained_names(trainable, params)
+    if optimizer is not None:
+        result.append(_paste(opt_state, optimizer.init(trainable(new)), changes, trained))
+    if like:
+        result.append(
+            tuple(_resize_like(tree, changes, trained | {n: n for n in named_leaves(params)}) for tree in like)
+        )
+    return (*result, resized(sites, capacities))
+
+
+def compact(params: Params, sites: Sites | Sequence[Site] | Site) -> tuple[Params, dict[str, int]]:
+    """Drops the free slots of every growable site: the network at its exact widths, the same function.
+
+    Args:
+        params: the parameters the sites were found in, concrete.
+        sites: sites; those that cannot grow stay as they are.
+
+    Returns:
+        The parameters, and the widths by site name, from which to rebuild a model that checks shapes.
+
+    Raises:
+        ValueError: when called while tracing.
+
+    Example:
+        >>> params, widths = compact(params, sites)
+    """
+    sites = as_sites(sites)
+    require_concrete(params, "the size of a compact network")
+    widths = {site.name: int(width(params, site)) for site in sites.growable}
+    return resize(params, sites, widths)[0], widths
+
+
+def _changes(params: Params, sites: Sites, capacities: Mapping[str, int]) -> dict[str, _Change]:
+    """What happens to each leaf."""
+    require_names(sites, capacities)
+    moves: dict[tuple[str, int], dict[int, tuple[tuple[int, ...], np.ndarray]]] = {}
+    shapes, padding = {}, {}
+    for name, capacity in capacities.items():
+        site = sites[name]
+        require_growable(site)
+        site_leaves(params, site)
+        source = _source(params, site, capacity)
+        for member in site.members if capacity != site.capacity else ():
+            layout, slot = member.layout, member.layout.slot
+            assert slot is not None
+            axis = layout.axes[slot]
+            sizes = tuple(f for f, a in zip(layout.factors, layout.axes) if a == axis)
+            moves.setdefault((layout.leaf, axis), {})[slot - layout.axes.index(axis)] = sizes, source
+            shapes[layout.leaf], padding[layout.leaf] = layout.shape, NEUTRAL.get(member.role, 0)
+    changes = {leaf: _Change(shape, {}, padding[leaf]) for leaf, shape in shapes.items()}
+    for (leaf, axis), factors in moves.items():
+        changes[leaf].axes[axis] = _axis_index(factors)
+    return changes
+
+
+def _source(params: Params, site: Site, capacity: int) -> np.ndarray:
+    """For each new slot the old slot it continues, -1 for a new one."""
+    if capacity >= site.capacity:
+        return np.r_[np.arange(site.capacity), np.full(capacity - site.capacity, -1)]
+    require_concrete(params, f"cutting slots of site `{site.name}`")
+    free = np.asarray(free_slots(params, site))
+    used = np.flatnonzero(~free)
+    if capacity < len(used):
+        raise ValueError(
+            f"capacity {capacity} of site `{site.name}` would cut used slots: its width is {len(used)}. "
+            "Empty some with `thin` or `prune` first."
+        )
+    if used.size == 0 or used[-1] < capacity:
+        return np.arange(capacity)
+    return np.r_[used, np.flatnonzero(free)][:capacity]
+
+
+def _axis_index(factors: Mapping[int, tuple[tuple[int, ...], np.ndarray]]) -> np.ndarray:
+    """The old index of every new index of an axis, some of whose factors change; -1 where it is new."""
+    sizes = next(iter(factors.values()))[0]
+    index = np.arange(np.prod(sizes, dtype=int)).reshape(sizes)
+    for position, (_, source) in factors.items():
+        new = np.full_like(index, -1, shape=(*index.shape[:position], 1, *index.shape[position + 1 :]))
+        index = np.take(np.concatenate([index, new], axis=position), source, axis=position)  # -1 takes the appended one
+    return index.ravel()
+
+
+def _gather(x: Array, axes: Mapping[int, np.ndarray], padding: Any) -> Array:
+    """`x` indexed along axes, `padding` where the index is -1."""
+    for axis, index in axes.items():
+        slab = jnp.full((*x.shape[:axis], 1, *x.shape[axis + 1 :]), padding, x.dtype)
+        x = jnp.take(jnp.concatenate([x, slab], axis=axis), np.where(index < 0, x.shape[axis], index), axis=axis)
+    return x
+
+
+def _resize_like(tree: Any, changes: Mapping[str, _Change], names: Mapping[str, str]) -> Any:
+    """A tree shaped like the parameters; `names` maps its paths (as suffixes) to the parameters' paths."""
+
+    def leaf(path: tuple[Any, ...], x: Any) -> Any:
+        name = owner(path_name(path), names)
+        change = None if name is None else changes.get(names[name] or name)
+        if change is None or np.shape(x) != change.shape:
+            return x
+        return _gather(jnp.asarray(x), change.axes, change.padding)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _paste(old: Any, new: Any, changes: Mapping[str, _Change], trained: Mapping[str, str]) -> Any:
+    """The old optimizer state in the shapes of the new one, whose values fill what is new."""
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise ValueError(
+            "`opt_state` has another structure than `optimizer.init` of the resized parameters: "
+            "it comes from another optimizer or another `trainable`"
+        )
+
+    def leaf(path: tuple[Any, ...], x: Any, fresh: Any) -> Any:
+        if np.shape(x) == np.shape(fresh):
+            return x
+        name = owner(path_name(path), trained)
+        change = None if name is None else changes.get(trained[name])
+        if change is None or np.ndim(x) != len(change.shape):
+            return fresh
+        # A state may keep only some axes of its parameter (a vector an axis): those it has change with it.
+        axes = {
+            axis: index
+            for axis, index in change.axes.items()
+            if (x.shape[axis], fresh.shape[axis]) == (change.shape[axis], len(index))
+        }
+        kept = _gather(jnp.ones(x.shape, bool), axes, False)
+        return jnp.where(kept, _gather(x, axes, 0), fresh) if kept.shape == fresh.shape else fresh
+
+    return jax.tree_util.tree_map_with_path(leaf, old, new)
