@@ -1,10 +1,13 @@
 """The suite runs in float64 on four fake CPU devices, with array annotations checked at call time."""
 
 import os
+from pathlib import Path
 
 # Both are read when JAX is first imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+# Tests prepare data sets once, inside the checkout, and leave the user's cache alone.
+os.environ.setdefault("TINYJAX_DATA_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "data"))
 
 import jax
 from jaxtyping import install_import_hook
