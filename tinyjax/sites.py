@@ -202,6 +202,8 @@ class _Finder:
         for producer in producers:
             flow = Flow(self.graph, self.axes, self.wiring, producer.op.outs[0], dimension)
             mine = tuple(c for c in consumers if c.input_value in flow.mixing)
+            if sorted(c.leaf for c in mine) != sorted({c.leaf for c in consumers}):
+                return "its consumers do not each read the output of one producer operation once", (), {}
             reason = self._row_reason(producer, mine, flow)
             if reason:
                 return reason, (), {}
@@ -220,8 +222,6 @@ class _Finder:
 
     def _row_reason(self, producer: Use, consumers: Sequence[Use], flow: Flow) -> str:
         """Why the consumers do not read the producer's rows, slot by slot, with empty slots at zero."""
-        if not consumers:
-            return f"no consumer reads what `{producer.leaf}` writes"
         if len({self._tensor(c) for c in consumers}) > 1:
             return "its consumers read different tensors"
         summaries = [w for w in flow.mixing.values() if w.startswith("its rows are summarised")]

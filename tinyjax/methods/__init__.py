@@ -9,6 +9,8 @@ from tinyjax.methods.bottleneck import Bottleneck as Bottleneck
 from tinyjax.methods.bottleneck import bottleneck as bottleneck
 from tinyjax.methods.gains import held_out_gain as held_out_gain
 from tinyjax.methods.gains import predicted_gain as predicted_gain
+from tinyjax.methods.gains import refit_fan_out as refit_fan_out
+from tinyjax.methods.gains import update_gain as update_gain
 from tinyjax.methods.random0 import random0 as random0
 from tinyjax.methods.ridge import held_out as held_out
 from tinyjax.methods.ridge import held_out_update as held_out_update

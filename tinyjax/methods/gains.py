@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import inner, matmul
+from tinyjax.linalg import inner, matmul, solve
 from tinyjax.methods.base import Neurons
 from tinyjax.methods.update import residual_cross
-from tinyjax.statistics import Moments, Statistics, half, keep_half
+from tinyjax.statistics import Moments, Statistics, half, keep_half, moments
 
 
 def predicted_gain(moments: Moments, neurons: Neurons, delta: Array | None = None) -> Array:
@@ -49,3 +50,28 @@ def held_out_gain(statistics: Statistics, fit: Callable[[Statistics], tuple[Neur
     """
     gains = [predicted_gain(half(statistics, 1 - i), *fit(keep_half(statistics, i))) for i in (0, 1)]
     return (gains[0] + gains[1]) / 2
+
+
+def update_gain(moments: Moments, delta: Array) -> Array:
+    """How much an update of the consumer lowers the bottleneck: 2 <M, dW> - <dW, G dW>, ()."""
+    return 2 * inner(moments.cross, delta) - inner(delta, matmul(moments.gram, delta))
+
+
+def refit_fan_out(statistics: Statistics, neurons: Neurons, delta: Array | None = None) -> Neurons:
+    """Neurons born without a fan-out, given the fan-out that lowers the bottleneck the most; others as they are.
+
+    It says what a birth that keeps the function (`tiny0`, `random0`, `north`) makes possible.
+
+    Args:
+        statistics: sums at the current parameters.
+        neurons: of a method.
+        delta: (H, M) the update applied before them, or None.
+
+    Returns:
+        Neurons with omega = (A' S A)^+ A' N where omega was zero everywhere.
+    """
+    mean = moments(statistics)
+    cross = mean.cross_prev if delta is None else residual_cross(mean, delta)
+    gram = matmul(neurons.alpha.T, matmul(mean.gram_prev, neurons.alpha))
+    best = solve(gram, matmul(neurons.alpha.T, cross))
+    return neurons._replace(omega=jnp.where(jnp.any(neurons.omega != 0), neurons.omega, best))

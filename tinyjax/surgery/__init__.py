@@ -10,6 +10,9 @@ from tinyjax.surgery.capacity import multiple_of as multiple_of
 from tinyjax.surgery.prune import prune as prune
 from tinyjax.surgery.resize import compact as compact
 from tinyjax.surgery.resize import resize as resize
+from tinyjax.surgery.trained import Trainable as Trainable
+from tinyjax.surgery.trained import everything as everything
 from tinyjax.surgery.write import NewNeurons as NewNeurons
+from tinyjax.surgery.write import add_update as add_update
 from tinyjax.surgery.write import thin as thin
 from tinyjax.surgery.write import write as write

@@ -142,17 +142,50 @@ def write(
     if producer.bias is not None:
         leaf = producer.bias.leaf
         leaves[leaf] = _paste(producer.bias, leaves[leaf], fan_in[..., depth:, :], written)
-    first_omega = first_delta = 0
+    first = 0
     for kernel in site.consumers:
-        block = fan_out[..., first_omega : first_omega + _fan_out_size(kernel)]
-        matrix = _fan_out_matrix(kernel.layout, block)
+        matrix = _fan_out_matrix(kernel.layout, fan_out[..., first : first + _fan_out_size(kernel)])
         leaves[kernel.leaf] = _paste(kernel.layout, leaves[kernel.leaf], matrix, _slot_rows(kernel.layout, written))
-        first_omega += _fan_out_size(kernel)
-        if delta is not None:
-            update = jnp.asarray(amplitude, delta.dtype) * delta[..., first_delta : first_delta + cols(kernel)]
-            leaves |= _add(leaves, kernel, update, ~free, consumers_have_bias(site))
-            first_delta += cols(kernel)
+        first += _fan_out_size(kernel)
+    if delta is not None:
+        leaves |= _updated(site, leaves, delta, amplitude, ~free)
     return replace_leaves(params, leaves | _birth_values(site, leaves, written, birth or {})), written
+
+
+def add_update(params: Params, site: Site, delta: Array, *, amplitude: ArrayLike) -> Params:
+    """Adds `amplitude * delta` to the consumers' weights in the rows of used slots, and to their biases.
+
+    Args:
+        params: the parameters the site was found in.
+        site: a growable site.
+        delta: `(*stack, H, M)`, what `best_update` returns; bias row last iff all consumers have a bias.
+        amplitude: 0-d, may be traced.
+
+    Returns:
+        The updated parameters.
+
+    Raises:
+        ValueError: for a site that cannot grow.
+
+    Example:
+        >>> params = tinyjax.add_update(params, site, tinyjax.best_update(statistics), amplitude=0.1)
+    """
+    require_growable(site)
+    leaves = site_leaves(params, site)
+    return replace_leaves(params, _updated(site, leaves, delta, amplitude, ~free_slots(params, site)))
+
+
+def _updated(
+    site: Site, leaves: Mapping[str, Array], delta: Array, amplitude: ArrayLike, used: Array
+) -> dict[str, Array]:
+    """The consumers' leaves with `amplitude * delta` added to the rows of used slots and to the biases."""
+    new: dict[str, Array] = {}
+    first = 0
+    for kernel in site.consumers:
+        update = jnp.asarray(amplitude, delta.dtype) * delta[..., first : first + cols(kernel)]
+        new |= _add(leaves, kernel, update, used, consumers_have_bias(site))
+        first += cols(kernel)
+    return new
 
 
 def _in_slots(

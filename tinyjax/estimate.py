@@ -1,0 +1,291 @@
+"""From a loss and a batch to the sums of every site, in one forward and one backward pass.
+
+All sites share one capture. A batch whose loss is a mean of per-sample terms is cut into chunks inside a `lax.scan`, so
+memory does not grow with the batch; sums are formed inside the jit, no activation outlives its chunk.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.capture import Captured, capture
+from tinyjax.layout import Params
+from tinyjax.separable import coupling
+from tinyjax.site import Site, Sites, as_sites
+from tinyjax.sites import Discovery, Path, discover
+from tinyjax.slots import consumers_have_bias, matrices, require_growable, width
+from tinyjax.statistics import Statistics, keep_half, merge
+from tinyjax.trace import Trace, batch_size, has_samples, trace
+from tinyjax.uses import Use
+
+DEFAULT_CHUNK = 1024
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Estimate(NamedTuple):
+    """The statistics of a batch.
+
+    Attributes:
+        loss: mean loss of the batch, ().
+        statistics: by site name.
+    """
+
+    loss: Array
+    statistics: dict[str, Statistics]
+
+
+@overload
+def estimate(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    sites: Site,
+    *,
+    has_aux: bool = ...,
+    energy_matrix: bool = ...,
+    chunk: int | None = ...,
+) -> Statistics: ...
+@overload
+def estimate(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    sites: Sequence[Site],
+    *,
+    has_aux: bool = ...,
+    energy_matrix: bool = ...,
+    chunk: int | None = ...,
+) -> dict[str, Statistics]: ...
+def estimate(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    sites: Site | Sequence[Site],
+    *,
+    has_aux: bool = False,
+    energy_matrix: bool = False,
+    chunk: int | None = None,
+) -> Statistics | dict[str, Statistics]:
+    """The sums of `Statistics` at the current parameters.
+
+    Args:
+        loss_fn: `loss_fn(params, batch) -> loss`, the mean over the samples of the batch.
+        params: the parameters.
+        batch: every leaf has the samples as leading axis, except typed keys and 0-d leaves; or an iterator of such
+            batches, whose sums are merged.
+        sites: growable sites of this model, from `find_sites`.
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
+        energy_matrix: also sum v v' (as wide as the consumer; `fisher_tiny` needs it).
+        chunk: samples a pass, even; default `DEFAULT_CHUNK`, or the whole batch where the loss couples its samples.
+
+    Returns:
+        One record for a single `Site`, a dict by site name for several. Sums are float32, or float64 where the model is.
+
+    Raises:
+        ValueError: for a site that cannot grow or is not found in this model, a bad batch, a loss that is not a scalar,
+            an odd `chunk`, or a `chunk` for a loss that couples the samples.
+
+    Example:
+        >>> statistics = estimate(loss_fn, params, batch, sites["Dense_0"])
+        >>> bottleneck(statistics).before
+    """
+    batches = batch if isinstance(batch, Iterator) else iter((batch,))
+    total: dict[str, Statistics] = {}
+    for one in batches:
+        found = estimate_batch(
+            loss_fn, params, one, sites, has_aux=has_aux, energy_matrix=energy_matrix, chunk=chunk
+        ).statistics
+        total = {name: merge(total[name], s) if total else s for name, s in found.items()}
+    if not total:
+        raise ValueError("the iterator of batches is empty" if isinstance(batch, Iterator) else "`sites` is empty")
+    return total[sites.name] if isinstance(sites, Site) else total
+
+
+def estimate_batch(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    sites: Site | Sequence[Site],
+    *,
+    has_aux: bool = False,
+    energy_matrix: bool = False,
+    chunk: int | None = None,
+) -> Estimate:
+    """`estimate` for one batch, with the loss; always by name."""
+    sites = as_sites(sites)
+    for site in sites:
+        require_growable(site)
+    num_samples = batch_size(batch)
+    if chunk is not None and (chunk < 2 or chunk % 2):
+        raise ValueError(f"`chunk` must be an even number of samples, got {chunk}")
+    size = min(chunk or DEFAULT_CHUNK, num_samples)
+    step = _Step(loss_fn, sites, has_aux, energy_matrix)
+    if size < num_samples:
+        traced = trace(loss_fn, params, _take(batch, 0, size), has_aux=has_aux)
+        discovery = discover(traced)
+        why = coupling(discovery.graph, discovery.axes)
+        if not why:
+            return _scan(step, traced, discovery, params, batch, num_samples, size)
+        if chunk is not None:
+            raise ValueError(f"this loss couples the samples of a batch ({why}): leave `chunk` out")
+    traced = trace(loss_fn, params, batch, has_aux=has_aux)
+    return step(traced, discover(traced), params, batch)
+
+
+class _Step(NamedTuple):
+    """Sums of one chunk."""
+
+    loss_fn: Callable[..., Any]
+    sites: Sites
+    has_aux: bool
+    energy_matrix: bool
+
+    def __call__(self, traced: Trace, discovery: Discovery, params: Params, batch: Any) -> Estimate:
+        paths = {site.name: _paths(discovery, site) for site in self.sites}
+        every = [path for found in paths.values() for path in found]
+        producers = [path.producer for path in every]
+        consumers = [consumer for path in every for consumer in path.consumers]
+        captured = capture(traced, jax.tree.leaves((params, batch)), _distinct(producers + consumers), _distinct(consumers))
+        sums = {
+            site.name: _sums(params, site, paths[site.name], captured, traced.num_samples, self.energy_matrix)
+            for site in self.sites
+        }
+        return Estimate(captured.loss, sums)
+
+
+def _scan(
+    step: _Step, traced: Trace, discovery: Discovery, params: Params, batch: Any, num_samples: int, size: int
+) -> Estimate:
+    """Chunks of equal size in a scan, the remainder on its own."""
+    chunks = num_samples // size
+    stacked = _map_samples(lambda x: x[: chunks * size].reshape(chunks, size, *x.shape[1:]), batch)
+    leaves, structure = jax.tree.flatten(stacked)
+    sliced = [has_samples(leaf) for leaf in jax.tree.leaves(batch)]
+
+    def body(total: Estimate, xs: list[Array]) -> tuple[Estimate, None]:
+        moving = iter(xs)
+        one = jax.tree.unflatten(structure, [next(moving) if s else leaf for s, leaf in zip(sliced, leaves)])
+        found = step(traced, discovery, params, one)
+        return Estimate(total.loss + found.loss * (size / num_samples), _merge_all(total.statistics, found.statistics)), None
+
+    first = [leaf[0] if s else leaf for s, leaf in zip(sliced, leaves)]
+    shapes = jax.eval_shape(lambda xs: step(traced, discovery, params, jax.tree.unflatten(structure, xs)), first)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(body, zero, [leaf for s, leaf in zip(sliced, leaves) if s])
+    left = num_samples - chunks * size
+    if not left:
+        return total
+    rest = _take(batch, chunks * size, num_samples)
+    if left == 1:  # an axis of one sample has no identity: repeat the sample, and count the copy's half as empty
+        rest = _map_samples(lambda x: jnp.concatenate([x, x]), rest)
+    rest_traced = trace(step.loss_fn, params, rest, has_aux=step.has_aux)
+    last = step(rest_traced, discover(rest_traced), params, rest)
+    if left == 1:
+        last = last._replace(statistics={name: keep_half(s, 0) for name, s in last.statistics.items()})
+    return Estimate(total.loss + last.loss * (left / num_samples), _merge_all(total.statistics, last.statistics))
+
+
+def _merge_all(a: dict[str, Statistics], b: dict[str, Statistics]) -> dict[str, Statistics]:
+    return {name: merge(a[name], b[name]) for name in a}
+
+
+def _paths(discovery: Discovery, site: Site) -> tuple[Path, ...]:
+    """The paths of a site in this trace.
+
+    Raises:
+        ValueError: the model has no such site, or it cannot grow in this trace.
+    """
+    here = next((s for s in discovery.sites if s.name == site.name), None)
+    if here is None:
+        known = ", ".join(f"`{s.name}`" for s in discovery.sites) or "none"
+        raise ValueError(f"this loss has no site `{site.name}`; its sites are {known}")
+    require_growable(here)
+    if here.members != site.members:
+        raise ValueError(
+            f"site `{site.name}` was found with {site.capacity} slots in leaves of other shapes than these parameters "
+            f"have ({here.capacity} slots). Use the sites that `resize` returned, or call `find_sites` again."
+        )
+    return discovery.paths[site.name]
+
+
+def _sums(
+    params: Params, site: Site, paths: Sequence[Path], captured: Captured, num_samples: int, energy_matrix: bool
+) -> Statistics:
+    bias_prev, bias = site.producers[0].bias is not None, consumers_have_bias(site)
+    depth = len(site.stack)
+    inputs, hidden, goals = [], [], []
+    for path in paths:
+        first = path.consumers[0]
+        inputs.append(_halves(_rows(path.producer, captured.inputs, bias_prev), num_samples, depth))
+        hidden.append(_halves(_rows(first, captured.inputs, bias), num_samples, depth))
+        v = [-num_samples * _outputs(consumer, captured.gradients) for consumer in _in_order(path, site)]
+        goals.append(_halves(jnp.concatenate(v, axis=-1), num_samples, depth))
+    b_prev, b, v = (jnp.concatenate(parts, axis=-2) for parts in (inputs, hidden, goals))
+    weight_prev, weight = matrices(params, site)
+    dtype = v.dtype
+    used = jnp.broadcast_to(width(params, site), site.stack)
+    count = jnp.broadcast_to(jnp.array([(num_samples + 1) // 2, num_samples // 2], dtype), (*site.stack, 2))
+    return Statistics(
+        count=count,
+        gram_prev=_gram(b_prev, b_prev),
+        cross_prev=_gram(b_prev, v),
+        gram=_gram(b, b),
+        cross=_gram(b, v),
+        link=_gram(b_prev, b)[..., None, :, :],
+        energy=jnp.sum(v**2, axis=(-2, -1)),
+        energy_matrix=_gram(v, v) if energy_matrix else None,
+        weight_prev=weight_prev.astype(dtype),
+        weight=weight.astype(dtype),
+        width=used,
+        bias_prev=bias_prev,
+        bias=bias,
+    )
+
+
+def _in_order(path: Path, site: Site) -> list[Use]:
+    """The consumers of a path in the order of the site's kernels."""
+    by_leaf = {consumer.leaf: consumer for consumer in path.consumers}
+    return [by_leaf[kernel.leaf] for kernel in site.consumers]
+
+
+def _rows(use: Use, inputs: dict, with_constant: bool) -> Array:
+    """The recorded input of a use, `(*stack, rows, cols)`, the constant 1 last if asked."""
+    x = _at_least_float32(use.inputs.to_matrix(inputs[use.op.path]))
+    return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1) if with_constant else x
+
+
+def _outputs(use: Use, gradients: dict) -> Array:
+    return _at_least_float32(use.outputs.to_matrix(gradients[use.op.path]))
+
+
+def _at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _halves(x: Array, num_samples: int, depth: int) -> Array:
+    """`(*stack, samples * positions, cols)` as `(*stack, 2, rows, cols)`: even samples, odd samples (zeros to even)."""
+    lead, cols = x.shape[:depth], x.shape[-1]
+    x = x.reshape(*lead, num_samples, -1, cols)
+    if num_samples % 2:
+        x = jnp.pad(x, [(0, 0)] * depth + [(0, 1), (0, 0), (0, 0)])
+    x = x.reshape(*lead, -1, 2, x.shape[-2], cols)
+    return jnp.moveaxis(x, depth + 1, depth).reshape(*lead, 2, -1, cols)
+
+
+def _gram(x: Array, y: Array) -> Array:
+    return jnp.einsum("...ni,...nj->...ij", x, y, precision=_HIGHEST)
+
+
+def _distinct(uses: Sequence[Use]) -> list[Use]:
+    return list({use.op.path: use for use in uses}.values())
+
+
+def _map_samples(function: Callable[[Array], Array], batch: Any) -> Any:
+    return jax.tree.map(lambda leaf: function(jnp.asarray(leaf)) if has_samples(leaf) else leaf, batch)
+
+
+def _take(batch: Any, start: int, stop: int) -> Any:
+    return _map_samples(lambda x: x[start:stop], batch)
