@@ -31,7 +31,7 @@ def make_samples(seed=0, *, n=120, inputs=7, slots=5, live=5, outputs=4, signal=
     b = np.concatenate([hidden, np.ones((n, 1))], axis=1)
     weight = rng.normal(size=(slots + 1, outputs)) * np.append(np.arange(slots) < live, True)[:, None]
     v = rng.normal(size=(n, outputs)) + hidden @ rng.normal(size=(slots, outputs))
-    v += signal * np.sin(b_prev @ rng.normal(size=(inputs + 1, 2))) @ rng.normal(size=(2, outputs))
+    v += signal * b_prev @ rng.normal(size=(inputs + 1, 2)) @ rng.normal(size=(2, outputs)) / inputs
     return Samples(b_prev, b, v, weight_prev, weight)
 
 

@@ -15,8 +15,8 @@ from tinyjax.linalg import correlation, matmul, solve
 from tinyjax.methods.update import residual_cross
 from tinyjax.statistics import Statistics, half
 
-# Half decades, in descending order so that a tie is won by the larger ridge.
-_EXPONENTS = [e / 2 for e in range(16, -17, -1)]
+# Half decades, in descending order so that a tie is won by the larger ridge. Above 10^4 no direction changes any more.
+_EXPONENTS = [e / 2 for e in range(8, -17, -1)]
 _CORE = slice(_EXPONENTS.index(2.0), _EXPONENTS.index(-4.0) + 1)
 _UNDECIDED = 1.0  # the middle of the best ridges measured, for statistics with an empty half
 
@@ -42,7 +42,7 @@ class Fold(NamedTuple):
 def held_out_update(statistics: Statistics) -> Array:
     """The ridge of `best_update` whose update generalises best from one half of the samples to the other.
 
-    The grid is 10^2 .. 10^-4 in half decades; while its edge wins it is extended, to at most 10^8 and 10^-8. With an
+    The grid is 10^2 .. 10^-4 in half decades; while its edge wins it is extended, to at most 10^4 and 10^-8. With an
     empty half nothing can be compared and the ridge is 1.
     """
 
