@@ -190,9 +190,7 @@ def _dot(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axi
     for x, y in ((sides.contracted[0], sides.contracted[1]), (sides.batched[0], sides.batched[1])):
         for a, b in zip(x, y):
             unify(left[a], right[b])
-    return [
-        [left[d] for d in sides.batched[0]] + [left[d] for d in sides.free[0]] + [right[d] for d in sides.free[1]]
-    ]
+    return [[left[d] for d in sides.batched[0]] + [left[d] for d in sides.free[0]] + [right[d] for d in sides.free[1]]]
 
 
 def _convolution(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:

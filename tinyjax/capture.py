@@ -133,7 +133,11 @@ def _run_remat(eqn: JaxprEqn, values: Sequence[Any], taps: Taps, at: Address) ->
 
 def _run_scan(eqn: JaxprEqn, values: Sequence[Any], taps: Taps, at: Address) -> tuple[list[Any], dict[Address, Array]]:
     (num_consts, num_carry), (body, body_consts) = scan_counts(eqn), subjaxpr(eqn)
-    consts, init, xs = values[:num_consts], values[num_consts : num_consts + num_carry], values[num_consts + num_carry :]
+    consts, init, xs = (
+        values[:num_consts],
+        values[num_consts : num_consts + num_carry],
+        values[num_consts + num_carry :],
+    )
 
     def step(carry: Sequence[Any], x: Any) -> tuple[Any, Any]:
         x, probes = x

@@ -148,7 +148,9 @@ class _Step(NamedTuple):
         every = [path for found in paths.values() for path in found]
         producers = [path.producer for path in every]
         consumers = [consumer for path in every for consumer in path.consumers]
-        captured = capture(traced, jax.tree.leaves((params, batch)), _distinct(producers + consumers), _distinct(consumers))
+        captured = capture(
+            traced, jax.tree.leaves((params, batch)), _distinct(producers + consumers), _distinct(consumers)
+        )
         sums = {
             site.name: _sums(params, site, paths[site.name], captured, traced.num_samples, self.energy_matrix)
             for site in self.sites
@@ -169,7 +171,9 @@ def _scan(
         moving = iter(xs)
         one = jax.tree.unflatten(structure, [next(moving) if s else leaf for s, leaf in zip(sliced, leaves)])
         found = step(traced, discovery, params, one)
-        return Estimate(total.loss + found.loss * (size / num_samples), _merge_all(total.statistics, found.statistics)), None
+        return Estimate(
+            total.loss + found.loss * (size / num_samples), _merge_all(total.statistics, found.statistics)
+        ), None
 
     first = [leaf[0] if s else leaf for s, leaf in zip(sliced, leaves)]
     shapes = jax.eval_shape(lambda xs: step(traced, discovery, params, jax.tree.unflatten(structure, xs)), first)

@@ -86,5 +86,3 @@ def _works_along_samples(op: Op, axes: Axes) -> bool:
     if mark not in root(axes.samples).marks:
         return False
     return op.name != "gather" and any(_samples_in(v, axes) for v in op.ins)
-
-

@@ -20,9 +20,7 @@ from tinyjax.trace import Graph, Trace, Value, flatten, trace
 from tinyjax.uses import Use, Wiring, find_uses, leaf_factors
 
 
-def find_sites(
-    loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: bool = False
-) -> Sites:
+def find_sites(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: bool = False) -> Sites:
     """The hidden dimensions of a model.
 
     Nothing is run: the loss is traced once, so `params` and `batch` may be abstract (`jax.ShapeDtypeStruct`). Trace at
@@ -173,7 +171,9 @@ class _Finder:
         if both:
             return f"`{both[0]}` both writes and reads it (a recurrence or tied weights)"
         if len(written) != 1:
-            return f"{len(written)} producers" + (" (a residual stream or a gated unit)" if written else " (an embedding?)")
+            return f"{len(written)} producers" + (
+                " (a residual stream or a gated unit)" if written else " (an embedding?)"
+            )
         for use in (*producers, *consumers):
             if use.trouble:
                 return use.trouble
@@ -353,5 +353,9 @@ def _with_slot(layout: Layout, slot: int | None) -> Layout:
 def _refuse_integer_kernels(graph: Graph, uses: Sequence[Use], names: Sequence[str]) -> None:
     dtypes = dict(zip(names, (value.dtype for value in graph.params)))
     for use in uses:
-        if not np.issubdtype(np.dtype(dtypes[use.leaf]), np.inexact) and not str(dtypes[use.leaf]).startswith(("bf", "fl")):
-            raise ValueError(f"the kernel `{use.leaf}` has integer dtype {dtypes[use.leaf]}; make the parameters floats")
+        if not np.issubdtype(np.dtype(dtypes[use.leaf]), np.inexact) and not str(dtypes[use.leaf]).startswith(
+            ("bf", "fl")
+        ):
+            raise ValueError(
+                f"the kernel `{use.leaf}` has integer dtype {dtypes[use.leaf]}; make the parameters floats"
+            )

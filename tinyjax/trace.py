@@ -230,7 +230,9 @@ def _inline(
             deeper = (*stack, eqn.params["length"])
             first_x = num_consts + num_carry
             inner = args[:num_consts]
-            inner += [emit("carry", [a], v, at, deeper) for a, v in zip(args[num_consts:first_x], body.invars[num_consts:])]
+            inner += [
+                emit("carry", [a], v, at, deeper) for a, v in zip(args[num_consts:first_x], body.invars[num_consts:])
+            ]
             inner += [emit("unstack", [a], v, at, deeper) for a, v in zip(args[first_x:], body.invars[first_x:])]
             results = _inline(ops, body, body_consts, inner, at, deeper, inside)
             # A carry that leaves one iteration is the carry that enters the next.

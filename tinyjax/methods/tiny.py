@@ -49,7 +49,7 @@ def tiny(
     Reference: Verbockhaven et al., TMLR 2024, proposition 3.2, appendix C.2.
     """
     mean = moments(statistics)
-    cross = residual_cross(mean, best_update(statistics, ridge=_update_ridge(ridge, update_ridge)))
+    cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
     root = factor(mean.gram_prev, resolve(ridge, statistics))
     return only_live(mean, low_rank(root, cross, num_neurons=num_neurons, energy=mean.energy))
 
@@ -68,7 +68,8 @@ def low_rank(root: Factor, cross: Array, *, num_neurons: int, energy: Array) -> 
     return Neurons(root.unwhiten(u * share), share[:, None] * vt, values)
 
 
-def _update_ridge(ridge: Ridge, update_ridge: Ridge | None) -> Ridge:
+def ridge_of_update(ridge: Ridge, update_ridge: Ridge | None) -> Ridge:
+    """The ridge of the best update behind a method: its own if given, else that of the neurons if it is a number."""
     if update_ridge is not None:
         return update_ridge
     return held_out_update if callable(ridge) else ridge

@@ -58,3 +58,17 @@ def residual_cross(moments: Moments, delta: Array) -> Array:
         return moments.cross_prev
     feasible = jnp.einsum("odh,hm->dmo", moments.link, delta, precision="highest")
     return moments.cross_prev - feasible.reshape(moments.cross_prev.shape)
+
+
+def unprojected_cross(moments: Moments) -> Array:
+    """N~, the cross moment of the producer's input with V_goal itself: (D, Q).
+
+    Raises:
+        ValueError: the statistics have no `link`, so that their `cross_prev` is already projected.
+    """
+    if moments.link is None:
+        raise ValueError(
+            "these statistics have no `link`: their `cross_prev` is already projected and the unprojected one, which this "
+            "method needs, is lost. Use a method of the projected goal here, such as `tiny` or `tiny0`."
+        )
+    return moments.cross_prev

@@ -1,0 +1,138 @@
+"""Where a network is stuck: the expressivity bottleneck of every hidden layer, from one batch.
+
+For each site the table says how much of what the loss asks for (mean |V_goal|^2) no change of the existing weights can
+give, and how much of that new neurons would give on samples they were not computed from.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tinyjax.estimate import estimate_batch
+from tinyjax.layout import Params
+from tinyjax.methods import best_update, bottleneck, held_out, held_out_gain, held_out_update, tiny
+from tinyjax.site import Site, Sites
+from tinyjax.sites import find_sites
+from tinyjax.statistics import Statistics
+
+
+class Finding(NamedTuple):
+    """What `diagnose` says of one site; numbers are summed over the layers of a stack.
+
+    Attributes:
+        site: the hidden dimension.
+        width: used slots.
+        asked: mean |V_goal|^2 at the consumer.
+        psi: the bottleneck: what the best update of the consumer leaves of it (proposition 3.1, exact).
+        share: psi / asked, between 0 and 1.
+        gain: what new neurons take away from psi on held-out samples, as a share of `asked`; negative when the batch
+            is too small to say.
+    """
+
+    site: Site
+    width: int
+    asked: float
+    psi: float
+    share: float
+    gain: float
+
+
+class Diagnosis(NamedTuple):
+    """The findings of all growable sites and the sites that cannot grow; printing gives a table.
+
+    Attributes:
+        findings: by site name.
+        refused: sites that cannot grow, with their reasons.
+        loss: of the batch.
+    """
+
+    findings: Mapping[str, Finding]
+    refused: Sites
+    loss: float
+
+    def __str__(self) -> str:
+        rows = [("site", "width", "asked", "bottleneck", "share", "held-out gain")]
+        rows += [
+            (
+                name,
+                f"{f.width} of {f.site.capacity}",
+                f"{f.asked:.3g}",
+                f"{f.psi:.3g}",
+                f"{f.share:.1%}",
+                f"{f.gain:+.1%}",
+            )
+            for name, f in self.findings.items()
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            for row in rows
+        ]
+        lines += [f"{site.name}: cannot grow, {site.reason}" for site in self.refused]
+        return "\n".join([f"loss {self.loss:.4g}", *lines])
+
+
+def diagnose(
+    loss_fn: Callable[..., Any], params: Params, batch: Any, *, num_neurons: int = 8, has_aux: bool = False
+) -> Diagnosis:
+    """The expressivity bottleneck of every hidden layer.
+
+    Args:
+        loss_fn: `loss_fn(params, batch) -> loss`, the mean over the samples of the batch.
+        params: the parameters.
+        batch: the more samples the better; a few times the largest layer input is plenty.
+        num_neurons: how many new neurons the held-out gain is for.
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
+
+    Returns:
+        A `Diagnosis`; `print` it.
+
+    Raises:
+        ValueError: as `find_sites`.
+
+    Example:
+        >>> print(tinyjax.diagnose(loss_fn, params, batch))
+
+    Reference: Verbockhaven et al., TMLR 2024, definition 3.1, propositions 3.1 and 3.2.
+    """
+    sites = find_sites(loss_fn, params, batch, has_aux=has_aux)
+    growable = sites.growable
+    refused = Sites(site for site in sites if not site.growable)
+    if not growable:
+        loss = loss_fn(params, batch)
+        return Diagnosis({}, refused, float(loss[0] if has_aux else loss))
+
+    @jax.jit
+    def measure(params: Params, batch: Any) -> tuple[jax.Array, dict[str, Any]]:
+        found = estimate_batch(loss_fn, params, batch, growable, has_aux=has_aux)
+        summaries = {}
+        for site in growable:
+            summary = lambda statistics: _summary(statistics, num_neurons)  # noqa: E731
+            for _ in site.stack:
+                summary = jax.vmap(summary)
+            summaries[site.name] = summary(found.statistics[site.name])
+        return found.loss, summaries
+
+    loss, summaries = jax.device_get(measure(params, batch))
+    findings = {}
+    for site in growable:
+        used, asked, psi, gain = summaries[site.name]
+        total = float(np.sum(asked))
+        scale = 1 / total if total > 0 else 0.0
+        findings[site.name] = Finding(
+            site, int(np.max(used)), total, float(np.sum(psi)), float(np.sum(psi)) * scale, float(np.sum(gain)) * scale
+        )
+    return Diagnosis(findings, refused, float(loss))
+
+
+def _summary(statistics: Statistics, num_neurons: int) -> tuple[jax.Array, ...]:
+    ridge, update_ridge = held_out(statistics), held_out_update(statistics)
+
+    def fit(half: Statistics) -> tuple[Any, jax.Array]:
+        delta = best_update(half, ridge=update_ridge)
+        return tiny(half, num_neurons=num_neurons, ridge=ridge, update_ridge=update_ridge), delta
+
+    exact = bottleneck(statistics)
+    return statistics.width, exact.before, exact.after, held_out_gain(statistics, fit)

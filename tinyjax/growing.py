@@ -1,0 +1,225 @@
+"""The growth of one site, inside the trace.
+
+Best update at its amplitude, neurons at theirs, filler for the slots left empty; each kept only if the loss of the whole
+batch does not rise. Everything is selected by `where`, so that one program serves every outcome.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.info import Status
+from tinyjax.layout import Params
+from tinyjax.methods import (
+    Method,
+    Neurons,
+    held_out_gain,
+    predicted_gain,
+    refit_fan_out,
+    update_gain,
+)
+from tinyjax.scaling import LineSearch
+from tinyjax.site import Site
+from tinyjax.slots import free_slots, width
+from tinyjax.statistics import Statistics, moments
+from tinyjax.surgery import add_update, write
+
+Update = Callable[[Statistics], Array]
+Amplitude = Callable[..., LineSearch]
+
+
+class Recipe(NamedTuple):
+    """The static choices of a growth."""
+
+    loss: Callable[[Params, Any], Array]
+    method: Method
+    update: Update | None
+    amplitude: Amplitude
+    update_amplitude: Amplitude
+    fill: Method | None
+
+
+class Parts(NamedTuple):
+    """A batch and its parts: statistics on three quarters, line searches on the last, acceptance on all."""
+
+    estimation: Any
+    search: Any
+    whole: Any
+
+
+def grow_site(
+    recipe: Recipe,
+    site: Site,
+    num_neurons: int,
+    parts: Parts,
+    params: Params,
+    statistics: Statistics,
+    loss_before: Array,
+    wanted: Array,
+    *,
+    key: Array | None,
+) -> tuple[Params, dict[str, Array]]:
+    """Update, neurons and filler at one site."""
+    start, free = params, jnp.sum(free_slots(params, site))
+    over_layers = _over(site)
+    layer_keys = None if key is None else _split_over(site, jax.random.fold_in(key, 0))
+
+    delta = None if recipe.update is None else over_layers(recipe.update)(statistics)
+    params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before)
+    neurons = over_layers(partial(_call, recipe.method, num_neurons))(statistics, layer_keys)
+
+    def grown(gamma: Array) -> tuple[Params, Array]:
+        signed = neurons._replace(alpha=jnp.sign(gamma) * neurons.alpha, omega=jnp.sign(gamma) * neurons.omega)
+        return write(params, site, signed, amplitude=jnp.abs(gamma), limit=wanted)
+
+    found = recipe.amplitude(lambda gamma: recipe.loss(grown(gamma)[0], parts.search), dtype=neurons.alpha.dtype)
+    candidate, born = grown(found.amplitude)
+    loss_grown = recipe.loss(candidate, parts.whole)
+    kept = loss_grown <= loss_updated
+    params, born = _select(kept, candidate, params), born & kept
+    written = jnp.sum(born, dtype=jnp.int32)
+    loss_after = jnp.where(kept, loss_grown, loss_updated)
+
+    if recipe.fill is not None:
+        fill_key = jax.random.fold_in(_key_from(loss_before, statistics.width) if key is None else key, 1)
+        filler = over_layers(partial(_call, recipe.fill, num_neurons))(statistics, _split_over(site, fill_key))
+        params, more = write(params, site, filler, amplitude=1.0, limit=jnp.minimum(wanted, free) - written)
+        born = born | more
+    total = jnp.sum(born, dtype=jnp.int32)
+
+    finite = jnp.isfinite(loss_before) & _finite(statistics) & _finite(params)
+    report = over_layers(partial(_report, recipe, num_neurons))(statistics, delta, neurons, layer_keys)
+    status = _first_true(
+        (~finite, Status.NON_FINITE),
+        (wanted > free, Status.NO_FREE_SLOT),
+        ((total < wanted) & (_num_neurons(neurons) < wanted), Status.BEYOND_RANK),
+        (total < wanted, Status.REJECTED),
+    )
+    params = _select(finite, params, start)
+    born = born & finite
+    row = dict(
+        **report,
+        gain_achieved=loss_before - loss_after,
+        amplitude=jnp.where(kept & finite, found.amplitude, 0),
+        amplitude_update=jnp.where(finite, gamma_update, 0),
+        written=jnp.where(finite, written, 0),
+        filled=jnp.where(finite, total - written, 0),
+        born=born,
+        width=width(params, site),
+        loss_before=loss_before,
+        loss_after=jnp.where(finite, loss_after, loss_before),
+        status=status,
+    )
+    return params, row
+
+
+def _updated(
+    recipe: Recipe, site: Site, parts: Parts, params: Params, delta: Array | None, loss_before: Array
+) -> tuple[Params, Array, Array]:
+    """The parameters after the best update, its amplitude, and the loss of the whole batch."""
+    if delta is None:
+        return params, jnp.zeros((), loss_before.dtype), loss_before
+    moved = partial(add_update, params, site, delta)
+    found = recipe.update_amplitude(lambda gamma: recipe.loss(moved(amplitude=gamma), parts.search), dtype=delta.dtype)
+    candidate = moved(amplitude=found.amplitude)
+    loss = recipe.loss(candidate, parts.whole)
+    kept = loss <= loss_before
+    return _select(kept, candidate, params), jnp.where(kept, found.amplitude, 0), jnp.where(kept, loss, loss_before)
+
+
+def _report(
+    recipe: Recipe, num_neurons: int, statistics: Statistics, delta: Array | None, neurons: Neurons, key: Array | None
+) -> dict[str, Array]:
+    """Bottlenecks and gains at amplitude 1, in the linear model."""
+
+    def fit(half: Statistics) -> tuple[Neurons, Array | None]:
+        change = None if recipe.update is None else recipe.update(half)
+        return refit_fan_out(half, _call(recipe.method, num_neurons, half, key), change), change
+
+    mean = moments(statistics)
+    gain = predicted_gain(mean, refit_fan_out(statistics, neurons, delta), delta)
+    updated = jnp.zeros_like(gain) if delta is None else update_gain(mean, delta)
+    return dict(
+        psi_before=mean.energy,
+        psi_after=mean.energy - updated - gain,
+        gain_predicted=gain,
+        gain_held_out=held_out_gain(statistics, fit),
+    )
+
+
+def skip_site(
+    site: Site, params: Params, statistics: Statistics, loss_before: Array, wanted: Array
+) -> tuple[Params, dict[str, Array]]:
+    """What a site reports that was not asked to grow."""
+    energy = _over(site)(lambda s: moments(s).energy)(statistics)
+    zero = jnp.zeros((), statistics.energy.dtype)
+    none = jnp.zeros((), jnp.int32)
+    row = dict(
+        psi_before=energy,
+        psi_after=energy,
+        gain_predicted=jnp.zeros_like(energy),
+        gain_held_out=jnp.zeros_like(energy),
+        gain_achieved=jnp.zeros_like(loss_before),
+        amplitude=zero,
+        amplitude_update=zero,
+        written=none,
+        filled=none,
+        born=jnp.zeros(site.capacity, bool),
+        width=width(params, site),
+        loss_before=loss_before,
+        loss_after=loss_before,
+        status=jnp.full((), Status.SKIPPED, jnp.int32),
+    )
+    return params, row
+
+
+def _call(method: Method, num_neurons: int, statistics: Statistics, key: Array | None) -> Neurons:
+    return method(statistics, num_neurons=num_neurons, key=key)
+
+
+def _num_neurons(neurons: Neurons) -> Array:
+    """How many neurons of a method are not empty, in the layer with the most."""
+    sides = jnp.any(neurons.alpha != 0, axis=-2) | jnp.any(neurons.omega != 0, axis=-1)
+    return jnp.max(jnp.sum(sides, axis=-1))
+
+
+def _over(site: Site) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Maps a function of one layer over the layers of a stack."""
+
+    def lift(function: Callable[..., Any]) -> Callable[..., Any]:
+        for _ in site.stack:
+            function = jax.vmap(function)
+        return function
+
+    return lift
+
+
+def _split_over(site: Site, key: Array) -> Array:
+    """A key for each layer of a stack."""
+    return jax.random.split(key, site.stack) if site.stack else key
+
+
+def _key_from(loss: Array, used: Array) -> Array:
+    """A key that changes with the loss and the width: the filler's when the user gives none."""
+    bits = jax.lax.bitcast_convert_type(loss.astype(jnp.float32), jnp.uint32)
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(0), bits), jnp.max(used))
+
+
+def _select(keep: Array, new: Params, old: Params) -> Params:
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(keep, a, b), new, old)
+
+
+def _finite(tree: Any) -> Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _first_true(*cases: tuple[Array, Status]) -> Array:
+    status = jnp.full((), Status.GROWN, jnp.int32)
+    for condition, value in reversed(cases):
+        status = jnp.where(condition, value, status)
+    return status.astype(jnp.int32)
