@@ -1,0 +1,44 @@
+"""Dropout whose draws belong to the unit, so that capacity does not change them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+
+@jax.jit
+def unit_dropout(key: Key[Array, ""], x: Float[Array, "*rows c"], rate: float | Array) -> Float[Array, "*rows c"]:
+    """Dropout where unit j draws from `fold_in(key, j)`: its draws are the same whatever the width or capacity.
+
+    `jax.random.bernoulli` over the whole array draws other values for the *same* unit as soon as another one is added.
+
+    Args:
+        key: typed PRNG key.
+        x: any leading axes, then the units.
+        rate: probability of dropping, in [0, 1).
+    """
+
+    def keep(unit: Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, unit), 1 - rate, x.shape[:-1])
+
+    kept = jax.vmap(keep, out_axes=-1)(jnp.arange(x.shape[-1]))
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+class UnitDropout(nn.Module):
+    """`unit_dropout` as a layer, in the place of `nn.Dropout`; draws from the `dropout` stream.
+
+    Attributes:
+        rate: probability of dropping, in [0, 1).
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows c"], *, deterministic: bool) -> Float[Array, "*rows c"]:
+        """Drops units at random; the identity when `deterministic`."""
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"`rate` must be in [0, 1); got {self.rate}")
+        if deterministic or self.rate == 0:
+            return x
+        return unit_dropout(self.make_rng("dropout"), x, self.rate)
