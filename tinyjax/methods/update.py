@@ -68,7 +68,7 @@ def unprojected_cross(moments: Moments) -> Array:
     """
     if moments.link is None:
         raise ValueError(
-            "these statistics have no `link`: their `cross_prev` is already projected and the unprojected one, which this "
-            "method needs, is lost. Use a method of the projected goal here, such as `tiny` or `tiny0`."
+            "these statistics have no `link`: their `cross_prev` is already projected and the unprojected one, which "
+            "this method needs, is lost. Use a method of the projected goal here, such as `tiny` or `tiny0`."
         )
     return moments.cross_prev

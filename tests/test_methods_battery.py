@@ -1,0 +1,120 @@
+"""What every method owes its callers: shapes, dtypes, traits, exact zeros, and clear refusals."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.oracles import conv_record, make_conv_site, make_samples, record
+from tinyjax import methods
+
+METHODS = {
+    "tiny": methods.tiny,
+    "tiny0": methods.tiny0,
+    "tiny_unprojected": methods.tiny_unprojected,
+    "tiny_joint": methods.tiny_joint,
+    "fisher_tiny": methods.fisher_tiny,
+    "gradmax": methods.gradmax,
+    "gradmax_dual": methods.gradmax_dual,
+    "north": methods.north,
+    "north_weight": methods.north_weight,
+    "random": methods.random,
+    "random0": methods.random0,
+    "net2net": methods.net2net,
+    "completed": methods.completed(methods.tiny, methods.random0),
+}
+samples = make_samples(n=60, inputs=9, slots=5, live=3, outputs=6)
+samples.b_prev[:, 2:4] = 0  # free slots of the layer below
+samples.weight_prev[2:4] = 0
+samples.b[:, :-1] = np.tanh(samples.b_prev @ samples.weight_prev)
+samples.v[:, 1] = 0  # free slot of the layer above
+samples.weight[:, 1] = 0
+
+
+@functools.cache
+def run(name, dtype):
+    method = jax.jit(functools.partial(METHODS[name], num_neurons=4))
+    return method(record(samples, dtype, energy_matrix=True), key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", METHODS)
+def test_shapes_and_dtypes(name, dtype):
+    got = run(name, dtype)
+    assert got.alpha.shape == (10, 4) and got.omega.shape == (4, 6) and got.singular_values.shape == (4,)
+    assert (got.delta is not None) == (name in ("tiny_joint", "net2net"))
+    assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(dtype)}
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
+    assert np.all(np.diff(got.singular_values) <= 0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_free_slots_of_the_neighbours_get_exact_zeros(name):
+    got = run(name, jnp.float64)
+    assert np.all(got.alpha[2:4] == 0) and np.all(got.omega[:, 1] == 0)
+    assert got.delta is None or (np.all(got.delta[3:5] == 0) and np.all(got.delta[:, 1] == 0))
+    assert np.any(got.alpha != 0) or np.any(got.omega != 0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_function_preserving_methods_keep_the_function(name):
+    got = run(name, jnp.float64)
+    move = np.tanh(samples.b_prev @ got.alpha) @ got.omega
+    if got.delta is not None:
+        move = move + samples.b @ got.delta
+    kept = np.all(np.abs(move) < 1e-12)
+    assert kept == methods.is_function_preserving(METHODS[name])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stochastic_methods_need_a_key_and_use_it(name):
+    method, statistics = METHODS[name], record(samples, energy_matrix=True)
+    if methods.is_stochastic(method):
+        with pytest.raises(ValueError, match="draws random numbers: pass `key=`"):
+            method(statistics, num_neurons=4)
+        other = jax.jit(functools.partial(method, num_neurons=4))(statistics, key=jax.random.key(1))
+        moved = [np.max(np.abs(a - b)) > 1e-6 for a, b in zip(other[:2], run(name, jnp.float64)[:2])]
+        assert any(moved) == (name != "completed")  # there all four places are tiny's
+    else:
+        other = jax.jit(functools.partial(method, num_neurons=4))(statistics)
+        np.testing.assert_allclose(other.alpha, run(name, jnp.float64).alpha, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_neurons_is_refused(name):
+    with pytest.raises(ValueError, match="`num_neurons` must be an int >= 1"):
+        METHODS[name](record(samples, energy_matrix=True), num_neurons=0, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "tiny_joint"])
+def test_convolutional_sites(name):
+    site = conv_record(make_conv_site())
+    matrix = jnp.broadcast_to(jnp.eye(9) * site.energy[0] / 9, (2, 9, 9))
+    statistics = dataclasses.replace(site, energy_matrix=matrix)
+    got = jax.jit(functools.partial(METHODS[name], num_neurons=2))(statistics, key=jax.random.key(0))
+    assert got.alpha.shape == (7, 2) and got.omega.shape == (2, 9)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
+
+
+def test_traits_are_read_through_wrappers():
+    @functools.wraps(methods.random0)
+    def wrapped(*args, **kwargs):
+        return methods.random0(*args, **kwargs)
+
+    for method in (wrapped, functools.partial(functools.partial(wrapped, num_neurons=2), key=None)):
+        assert methods.is_function_preserving(method) and methods.is_stochastic(method)
+    assert not methods.is_function_preserving(lambda statistics, **_: None)
+
+
+@pytest.mark.parametrize("name", ["tiny_unprojected", "tiny_joint", "gradmax", "gradmax_dual", "fisher_tiny"])
+def test_missing_sums_are_named(name):
+    with pytest.raises(ValueError, match="`energy_matrix`" if name == "fisher_tiny" else "`link`|dense consumer"):
+        METHODS[name](record(samples, link=False), num_neurons=2)
+
+
+def test_joint_refuses_convolutions():
+    with pytest.raises(ValueError, match="`tiny_joint` needs a dense consumer"):
+        methods.tiny_joint(conv_record(make_conv_site()), num_neurons=1)

@@ -1,0 +1,59 @@
+"""A method completed by another: where the first has no more useful directions, the second takes over (section 4)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.methods.base import Method, Neurons, is_function_preserving, is_stochastic, require_key, traits
+from tinyjax.statistics import Statistics
+
+
+def within_rank(statistics: Statistics, neurons: Neurons) -> Array:
+    """Which neurons are not empty, (k,): the ones with a positive singular value."""
+    return neurons.singular_values > 0
+
+
+def completed(
+    method: Method, fallback: Method, *, useful: Callable[[Statistics, Neurons], Array] = within_rank
+) -> Method:
+    """The method whose useless neurons are replaced by those of `fallback`, a method itself.
+
+    Greedy growth stops when no new neuron helps to first order, although some do to second order. Random directions (or
+    any fallback with positive probability of helping) are what lets it reach zero training error.
+
+    Args:
+        method: comes first.
+        fallback: gives the neurons in the places that are left. Must not bring an update of its own.
+        useful: (statistics, neurons of `method`) -> (k,) which of them to keep.
+
+    Returns:
+        A method. The singular value of a replaced neuron is 0; `delta` is that of `method`.
+
+    Example:
+        >>> method = completed(tiny0, random0)
+
+    Reference: Verbockhaven et al., TMLR 2024, section 4 and proposition 4.2.
+    """
+    stochastic = is_stochastic(method) or is_stochastic(fallback)
+    preserving = is_function_preserving(method) and is_function_preserving(fallback)
+
+    @traits(function_preserving=preserving, stochastic=stochastic)
+    def complete(statistics: Statistics, *, num_neurons: int, key: Array | None = None) -> Neurons:
+        keys = jax.random.split(require_key(key, "completed")) if stochastic else (None, None)
+        first = method(statistics, num_neurons=num_neurons, key=keys[0])
+        second = fallback(statistics, num_neurons=num_neurons, key=keys[1])
+        if second.delta is not None:
+            raise ValueError(
+                "`fallback` brings an update of the existing weights; complete with a method that does not"
+            )
+        keep = useful(statistics, first)
+        return Neurons(
+            jnp.where(keep, first.alpha, second.alpha),
+            jnp.where(keep[:, None], first.omega, second.omega),
+            jnp.where(keep, first.singular_values, 0),
+            first.delta,
+        )
+
+    return complete

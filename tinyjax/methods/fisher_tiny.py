@@ -1,0 +1,59 @@
+"""TINY in the metric of the outputs: the goal is whitened by its own second moment, as natural gradients do."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.linalg import factor, top_singular
+from tinyjax.methods.base import Neurons, only_live, require_count, traits
+from tinyjax.methods.ridge import held_out
+from tinyjax.methods.tiny import ridge_of_update
+from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
+from tinyjax.statistics import Statistics, moments
+
+
+@traits(function_preserving=False, stochastic=False)
+def fisher_tiny(
+    statistics: Statistics,
+    *,
+    num_neurons: int,
+    ridge: Ridge = held_out,
+    update_ridge: Ridge | None = None,
+    output_ridge: float = 1e-2,
+    key: Array | None = None,
+) -> Neurons:
+    r"""The neurons with the largest gain per unit of Fisher information instead of per unit of activity.
+
+    With E = E[v v'] and S^(-1/2) N E^(-1/2) = sum_k lambda_k u_k w_k':
+
+        alpha_k = sqrt(lambda_k) S^(-1/2) u_k,      omega_k = sqrt(lambda_k) E^(-1/2) w_k.
+
+    They maximise 2 <N, C> - tr(S C E C') over C = alpha omega. lambda_1^2 is the largest score (a' N w)^2 /
+    (a' S a  w' E w) of a single linear neuron, the natural expansion score of SENN.
+
+    Args:
+        statistics: sums at the current parameters, with `energy_matrix`.
+        num_neurons: k, static; neurons beyond the rank are zero.
+        ridge: of S, as for `tiny`.
+        update_ridge: of the best update that defines N, as for `tiny`.
+        output_ridge: of E, on its correlation scale; E is singular for a softmax.
+        key: not used, here for the signature of a method.
+
+    Raises:
+        ValueError: as `tiny`, or the statistics have no `energy_matrix`.
+
+    Example:
+        >>> neurons = fisher_tiny(statistics, num_neurons=8)
+
+    Reference: Mitchell et al., Self-Expanding Neural Networks, 2023, for the score.
+    """
+    mean = moments(statistics)
+    if mean.energy_matrix is None:
+        raise ValueError("`fisher_tiny` needs `energy_matrix`: ask `estimate` for it")
+    cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
+    inputs = factor(mean.gram_prev, resolve(ridge, statistics))
+    outputs = factor(mean.energy_matrix, output_ridge)
+    whitened = outputs.whiten(inputs.whiten(cross).T).T
+    # lambda is a correlation here, at most 1
+    u, values, vt = top_singular(whitened, require_count(num_neurons), floor=1.0)
+    share = jnp.sqrt(values)
+    return only_live(mean, Neurons(inputs.unwhiten(u * share), outputs.unwhiten(vt.T * share).T, values))

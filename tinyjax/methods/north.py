@@ -1,0 +1,58 @@
+"""NORTH with pre-activations: random neurons that are uncorrelated with the ones already there."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.linalg import factor, matmul, top_singular
+from tinyjax.methods.base import Neurons, require_count, require_key, traits
+from tinyjax.statistics import Statistics, moments
+
+
+@traits(function_preserving=True, stochastic=True)
+def north(statistics: Statistics, *, num_neurons: int, ridge: float | Array = 0.0, key: Array | None = None) -> Neurons:
+    """Random fan-ins whose pre-activations are orthogonal to those of the existing neurons; fan-out zero.
+
+    alpha = S^(-1/2) (I - Pi) g with g ~ N(0, I) and Pi the projector on the span of S^(1/2) W_prev. The published
+    recipe draws one random number a sample, r, and takes S^-1 B V r with V a basis of the samples' directions
+    orthogonal to all pre-activations: the same distribution up to the factor sqrt(n), from sums alone.
+
+    Args:
+        statistics: sums at the current parameters, with `weight_prev`.
+        num_neurons: k, static.
+        ridge: on the correlation scale; 0 is exact.
+        key: a new key for every growth.
+
+    Returns:
+        Neurons with `omega` zero and singular values 1; neurons beyond the admissible dimension rank(S) - rank(S^(1/2)
+        W_prev) are zero and have singular value 0, so that all are if the existing neurons already span the input.
+
+    Raises:
+        ValueError: `key` is None, `num_neurons` is not a positive int, or `ridge` is negative.
+
+    Example:
+        >>> neurons = north(statistics, num_neurons=8, key=jax.random.key(0))
+
+    Reference: Maile et al., When, where, and how to add new neurons to ANNs, 2022; TMLR 2024 paper, appendix B.2.
+    """
+    key, num_neurons = require_key(key, "north"), require_count(num_neurons)
+    mean = moments(statistics)
+    root = factor(mean.gram_prev, ridge)
+    basis, rank = span(root.whiten(matmul(mean.gram_prev, statistics.weight_prev)))
+    draw = jax.random.normal(key, (len(mean.gram_prev), num_neurons), basis.dtype)
+    alpha = root.unwhiten(draw - matmul(basis, matmul(basis.T, draw)))
+    return admissible(alpha, root.rank - rank, outputs=mean.cross_prev.shape[1])
+
+
+def span(columns: Array) -> tuple[Array, Array]:
+    """An orthonormal basis of the span of columns of any scale, padded with zeros, and its dimension."""
+    norms = jnp.linalg.norm(columns, axis=0)
+    basis, values, _ = top_singular(columns / jnp.where(norms == 0, 1, norms), min(columns.shape))
+    return basis, jnp.sum(values > 0)
+
+
+def admissible(alpha: Array, dimension: Array, *, outputs: int) -> Neurons:
+    """Neurons with the first `dimension` fan-ins and no fan-out; more would depend on each other."""
+    kept = jnp.arange(alpha.shape[1]) < dimension
+    omega = jnp.zeros((alpha.shape[1], outputs), alpha.dtype)
+    return Neurons(jnp.where(kept, alpha, 0), omega, kept.astype(alpha.dtype))

@@ -1,0 +1,50 @@
+"""NORTH with weights: random neurons whose fan-in is orthogonal to the fan-ins already there."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.linalg import matmul
+from tinyjax.methods.base import Neurons, live_inputs, require_count, require_key, traits
+from tinyjax.methods.north import admissible, span
+from tinyjax.methods.tiny0 import HE_NORM
+from tinyjax.statistics import Statistics, moments
+
+
+@traits(function_preserving=True, stochastic=True)
+def north_weight(statistics: Statistics, *, num_neurons: int, key: Array | None = None) -> Neurons:
+    """Random fan-ins orthogonal to those of the existing neurons, with their mean norm; bias and fan-out zero.
+
+    Args:
+        statistics: sums at the current parameters, with `weight_prev`; of the sums only the live inputs matter.
+        num_neurons: k, static.
+        key: a new key for every growth.
+
+    Returns:
+        Neurons with `omega` zero and singular values 1; neurons beyond the admissible dimension (live inputs minus rank
+        of the weights) are zero and have singular value 0. Without any existing neuron the norm is He's, sqrt(2).
+
+    Raises:
+        ValueError: `key` is None, or `num_neurons` is not a positive int.
+
+    Example:
+        >>> neurons = north_weight(statistics, num_neurons=8, key=jax.random.key(0))
+
+    Reference: Maile et al., When, where, and how to add new neurons to ANNs, 2022.
+    """
+    key, num_neurons = require_key(key, "north_weight"), require_count(num_neurons)
+    mean = moments(statistics)
+    live = live_inputs(mean)
+    if statistics.bias_prev:
+        live = live.at[-1].set(False)
+    weights = jnp.where(live[:, None], statistics.weight_prev, 0)
+    basis, rank = span(weights)
+    draw = jnp.where(live[:, None], jax.random.normal(key, (len(live), num_neurons), weights.dtype), 0)
+    alpha = jnp.where(live[:, None], draw - matmul(basis, matmul(basis.T, draw)), 0)
+
+    norms = jnp.linalg.norm(weights, axis=0)
+    used = jnp.sum(norms > 0)
+    mean_norm = jnp.where(used > 0, jnp.sum(norms) / jnp.maximum(used, 1), HE_NORM)
+    lengths = jnp.linalg.norm(alpha, axis=0)
+    alpha = alpha * (mean_norm / jnp.where(lengths == 0, 1, lengths))
+    return admissible(alpha, jnp.sum(live) - rank, outputs=mean.cross_prev.shape[1])

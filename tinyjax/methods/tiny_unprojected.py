@@ -1,0 +1,47 @@
+"""TINY without the projection: neurons for the whole goal, also for what the existing ones can do (an ablation)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.linalg import factor
+from tinyjax.methods.base import Neurons, only_live, traits
+from tinyjax.methods.ridge import Fold, choose
+from tinyjax.methods.tiny import low_rank
+from tinyjax.methods.update import Ridge, resolve, unprojected_cross
+from tinyjax.statistics import Statistics, half, moments
+
+
+def held_out_unprojected(statistics: Statistics) -> Array:
+    """The ridge of `tiny_unprojected` whose neurons generalise best from one half of the samples to the other."""
+
+    def fold(fit: int, test: int) -> Fold:
+        a, b = half(statistics, fit), half(statistics, test)
+        diagonal = jnp.diagonal(a.gram_prev)
+        return Fold(a.gram_prev, unprojected_cross(a), diagonal, b.gram_prev, unprojected_cross(b))
+
+    return choose(statistics, (fold(0, 1), fold(1, 0)))
+
+
+@traits(function_preserving=False, stochastic=False)
+def tiny_unprojected(
+    statistics: Statistics, *, num_neurons: int, ridge: Ridge = held_out_unprojected, key: Array | None = None
+) -> Neurons:
+    """The neurons that come closest to V_goal itself, as if the existing weights could not move.
+
+    Proposition 3.2 with N~ in the place of N. Added alone, without the best update, they always descend to first order.
+
+    Args:
+        statistics: sums at the current parameters, with `link` (else only the projected N is known).
+        num_neurons: k, static; neurons beyond the rank are zero.
+        ridge: on the correlation scale; a number or a function of the statistics. 0 is exact.
+        key: not used, here for the signature of a method.
+
+    Raises:
+        ValueError: `num_neurons` is not a positive int, `ridge` is negative, or the statistics have no `link`.
+
+    Example:
+        >>> neurons = tiny_unprojected(statistics, num_neurons=8)
+    """
+    mean = moments(statistics)
+    root = factor(mean.gram_prev, resolve(ridge, statistics))
+    return only_live(mean, low_rank(root, unprojected_cross(mean), num_neurons=num_neurons, energy=mean.energy))
