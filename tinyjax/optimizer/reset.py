@@ -1,0 +1,179 @@
+"""After a growth: what the optimizer's state holds for the slots just written.
+
+`fresh` gives them the state of a new optimizer, age included; `zeros` the state but not the age (with Adam that makes
+first steps up to 6.6 times too long, a control); `everything` starts all slots afresh (another control).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool
+
+from tinyjax.layout import Layout, Params, named_leaves, path_name
+from tinyjax.optimizer.birth import BirthState
+from tinyjax.optimizer.moments import corrected_states
+from tinyjax.site import Site, Sites, as_sites
+from tinyjax.slots import require_names
+from tinyjax.surgery.trained import Trainable, owner, trained_names
+from tinyjax.surgery.trained import everything as all_params
+
+Newborn = Mapping[str, Mapping[int, Array]]
+"""For each trained leaf by path: newborn indices by axis, booleans."""
+Rule = Callable[[optax.GradientTransformation, Any, Params, Newborn], Any]
+
+
+def fresh(optimizer: optax.GradientTransformation, opt_state: Any, params: Params, newborn: Newborn) -> Any:
+    """Newborn entries start as in a new optimizer; `with_birth` counts their age from here.
+
+    Args:
+        optimizer: the optimizer of `opt_state`.
+        opt_state: its state.
+        params: the trained parameters.
+        newborn: newborn indices of their leaves.
+
+    Returns:
+        The new state.
+
+    Raises:
+        ValueError: when the optimizer corrects biases by a step count and is not wrapped in `with_birth`.
+    """
+    outside = jax.tree.map(lambda node: () if _is_births(node) else node, opt_state, is_leaf=_is_births)
+    if corrected_states(outside):
+        raise ValueError(
+            "the rule `fresh` needs to know the age of every slot: wrap the optimizer as `with_birth(optimizer)`, "
+            "or choose the rule `zeros`"
+        )
+    state = zeros(optimizer, opt_state, params, newborn)
+    return jax.tree.map(lambda node: _born_now(node, newborn) if _is_births(node) else node, state, is_leaf=_is_births)
+
+
+def zeros(optimizer: optax.GradientTransformation, opt_state: Any, params: Params, newborn: Newborn) -> Any:
+    """Newborn entries start with the values of a new optimizer, at the age of the others.
+
+    Args:
+        optimizer: the optimizer of `opt_state`.
+        opt_state: its state.
+        params: the trained parameters.
+        newborn: newborn indices of their leaves.
+
+    Returns:
+        The new state.
+    """
+    return _blank(opt_state, optimizer.init(params), params, newborn)
+
+
+def everything(optimizer: optax.GradientTransformation, opt_state: Any, params: Params, newborn: Newborn) -> Any:
+    """A new optimizer for all entries, if anything was born.
+
+    Args:
+        optimizer: the optimizer of `opt_state`.
+        opt_state: its state.
+        params: the trained parameters.
+        newborn: newborn indices of their leaves.
+
+    Returns:
+        The new state.
+    """
+    masks = [jnp.any(mask) for axes in newborn.values() for mask in axes.values()]
+    born = jnp.any(jnp.stack(masks)) if masks else jnp.asarray(False)
+    return jax.tree.map(lambda new, old: jnp.where(born, new, old), optimizer.init(params), opt_state)
+
+
+def reset_grown(
+    optimizer: optax.GradientTransformation,
+    opt_state: Any,
+    params: Params,
+    sites: Sites | Iterable[Site] | Site,
+    born: Mapping[str, Bool[Array, " capacity"]],
+    *,
+    rule: Rule = fresh,
+    trainable: Trainable = all_params,
+) -> Any:
+    """The optimizer's state after a growth.
+
+    Args:
+        optimizer: the optimizer of `opt_state`; for `fresh`, Adam-like ones are wrapped in `with_birth`.
+        opt_state: its state.
+        params: the full parameters, in which the sites were found.
+        sites: the sites that `born` names.
+        born: by site name, which slots were just written (`info.born`), `(capacity,)` booleans, traced or not.
+        rule: `fresh`, `zeros` or `everything`, or any function with their signature.
+        trainable: the part of the parameters that the optimizer sees.
+
+    Returns:
+        The new state; slots that were not born keep theirs.
+
+    Raises:
+        ValueError: for an unknown site, a mask of another length, or what the rule refuses.
+
+    Example:
+        >>> params, info = grow_step(params, batch)
+        >>> opt_state = reset_grown(optimizer, opt_state, params, sites, info.born)
+    """
+    sites = as_sites(sites)
+    require_names(sites, born)
+    axes: dict[str, dict[int, Array]] = {}
+    for name, mask in born.items():
+        if jnp.shape(mask) != (sites[name].capacity,):
+            raise ValueError(f"`born` of site `{name}` has shape {jnp.shape(mask)}, not ({sites[name].capacity},)")
+        for member in sites[name].members:
+            axis, vector = _along_axis(member.layout, jnp.asarray(mask, bool))
+            leaf = axes.setdefault(member.leaf, {})
+            leaf[axis] = leaf[axis] | vector if axis in leaf else vector
+    trained = trained_names(trainable, params)
+    newborn = {name: axes.get(full, {}) for name, full in trained.items()}
+    return rule(optimizer, opt_state, trainable(params), newborn)
+
+
+def _along_axis(layout: Layout, mask: Array) -> tuple[int, Array]:
+    """The axis of a leaf along which its slots lie, and which indices of it belong to marked slots."""
+    assert layout.slot is not None
+    axis = layout.axes[layout.slot]
+    along = [f for f in range(len(layout.factors)) if layout.axes[f] == axis]
+    sizes = [layout.factors[f] for f in along]
+    mask = mask.reshape([-1 if f == layout.slot else 1 for f in along])
+    return axis, jnp.broadcast_to(mask, sizes).ravel()
+
+
+def _is_births(node: Any) -> bool:
+    return isinstance(node, BirthState)
+
+
+def _spread(vector: Array, axis: int, rank: int) -> Array:
+    """A vector along one axis of an array of that rank."""
+    return vector.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
+def _blank(state: Any, new: Any, params: Params, newborn: Newborn) -> Any:
+    """Every leaf with a parameter's shape takes the values of `new` at newborn entries; births stay."""
+    shapes = {name: jnp.shape(leaf) for name, leaf in named_leaves(params).items()}
+
+    def leaf(path: tuple[Any, ...], old: Any, fresh: Any) -> Any:
+        if _is_births(old):
+            return old._replace(inner=_blank(old.inner, fresh.inner, params, newborn))
+        name = owner(path_name(path), newborn)
+        if name is None or jnp.shape(old) != shapes[name] or not newborn[name]:
+            return old
+        rank = jnp.ndim(old)
+        mask = jnp.zeros([1] * rank, bool)
+        for axis, vector in newborn[name].items():
+            mask |= _spread(vector, axis, rank)
+        return jnp.where(mask, fresh, old)
+
+    return jax.tree_util.tree_map_with_path(leaf, state, new, is_leaf=_is_births)
+
+
+def _born_now(state: BirthState, newborn: Newborn) -> BirthState:
+    """Newborn indices are born at the current step."""
+
+    def tree(axis: int, births: Any) -> Any:
+        def leaf(path: tuple[Any, ...], old: Array) -> Array:
+            vector = newborn.get(path_name(path), {}).get(axis)
+            return old if vector is None else jnp.where(_spread(vector, axis, old.ndim), state.count, old)
+
+        return jax.tree_util.tree_map_with_path(leaf, births)
+
+    return state._replace(births=tuple(tree(axis, births) for axis, births in enumerate(state.births)))
