@@ -181,11 +181,18 @@ def test_wrappers_go_outside_and_are_reset_too(wrap):
     base = with_birth(optax.adam(1e-2))
     tx = optax.contrib.schedule_free(base, 1e-2) if wrap == "schedule_free" else optax.MultiSteps(base, 2)
     tx = tx if isinstance(tx, optax.GradientTransformation) else tx.gradient_transformation()
-    params, state = EXAMPLE.params, tx.init(EXAMPLE.params)
-    for _ in range(3):
-        updates, state = tx.update(params, state, params)
-        params = optax.apply_updates(params, updates)
-    state = reset_grown(tx, state, params, EXAMPLE.sites, BORN)
+
+    @jax.jit
+    def run(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params, state = jax.lax.scan(step, (params, tx.init(params)), length=3)[0]
+        return params, reset_grown(tx, state, params, EXAMPLE.sites, BORN)
+
+    params, state = run(EXAMPLE.params)
     inner = state.base_optimizer_state if wrap == "schedule_free" else state.inner_opt_state
     new = newborn_entries(BORN["fc1"])["fc1"]["kernel"]
     assert isinstance(inner, BirthState)
@@ -258,13 +265,14 @@ def test_float32_and_bfloat16_stay_and_nothing_recompiles():
 def test_a_step_that_a_wrapper_skips_does_not_age_anyone():
     tx = with_birth(optax.apply_if_finite(optax.adam(1e-2), 5))
     params = EXAMPLE.params
+    update = jax.jit(tx.update)
     state = tx.init(params)
     for _ in range(3):
-        state = tx.update(params, state, params)[1]
+        state = update(params, state, params)[1]
     state = reset_grown(tx, state, params, EXAMPLE.sites, BORN)
-    _, skipped = tx.update(jax.tree.map(lambda x: x * jnp.nan, params), state, params)
+    _, skipped = update(jax.tree.map(lambda x: x * jnp.nan, params), state, params)
     assert int(skipped.count) == 3
-    updates, _ = tx.update(params, skipped, params)
+    updates, _ = update(params, skipped, params)
     want = -1e-2 * np.sign(params["fc1"]["kernel"][:, 4:])
     np.testing.assert_allclose(updates["fc1"]["kernel"][:, 4:], want, rtol=1e-6)
 
