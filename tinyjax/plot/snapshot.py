@@ -68,7 +68,7 @@ def widths(widths: Mapping[str, int], *, start: Mapping[str, int] | None = None)
         grown = f"{start[site]} → {width}" if site in start else str(width)
         axes.annotate(grown, (width, row), xytext=(5, 0), textcoords="offset points", va="center", color=INK)
         if site in start:
-            axes.plot([start[site]] * 2, [row - 0.31, row + 0.31], color="white", linewidth=1.6)
+            axes.plot([start[site]] * 2, [row - 0.31, row + 0.31], color="white", linewidth=1)
     axes.set_title("Width")
     axes.set_yticks(range(len(widths)), list(widths))
     axes.invert_yaxis()
