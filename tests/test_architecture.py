@@ -10,7 +10,7 @@ LEVELS = [
     # What knows nothing else of the library.
     ["layout", "linalg", "atoms", "info", "statistics", "data", "models", "plot"],
     ["site", "trace", "methods"],
-    ["axes", "slots", "scaling", "schedule", "patches"],
+    ["axes", "slots", "scaling", "schedule", "patches", "costs"],
     ["uses", "separable", "surgery"],
     ["capture", "flow", "optimizer", "growing"],
     ["sites"],
