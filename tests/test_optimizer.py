@@ -322,3 +322,9 @@ def test_misuse_names_the_thing():
         reset_grown(tx, tx.init(params), params, EXAMPLE.sites, {"fc9": BORN["fc1"]})
     with pytest.raises(ValueError, match=r"`born` of site `fc1` has shape \(4,\), not \(6,\)"):
         reset_grown(tx, tx.init(params), params, EXAMPLE.sites, {"fc1": np.ones(4, bool)})
+
+
+def test_scalar_parameters_have_no_slots_and_train_as_before():
+    tx, params = with_birth(optax.adam(1e-2)), {"temperature": jnp.asarray(2.0)}
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["temperature"], -1e-2, rtol=1e-6)

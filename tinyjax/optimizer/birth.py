@@ -65,7 +65,7 @@ def with_birth(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, BirthState]:
         shown = probe(inner, updates)
         first, after = inner.update(updates, state.inner, params, **extra)
-        if not shown:
+        if not shown or not state.births:
             return first, BirthState(after, state.count + 1, state.births)
         old, new = corrected_states(state.inner), corrected_states(after)
 
