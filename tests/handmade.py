@@ -169,3 +169,17 @@ def fill(example: Example, site: Site, k: int, seed: int = 0) -> Neurons:
     hidden += all(consumer.bias is not None for consumer in site.consumers)
     shapes = [(inputs, k), (k, fan_out), (hidden, outputs)]
     return Neurons(*(jnp.asarray(rng.normal(size=(*site.stack, *shape))) for shape in shapes))
+
+
+def newborn_entries(example: Example, born) -> Any:
+    """By hand: which entries of the parameters of `mlp` belong to newborn slots of fc1."""
+    masks = jax.tree.map(lambda x: np.zeros(x.shape, bool), example.params)
+    masks["fc1"]["kernel"][:, born] = True
+    masks["fc1"]["bias"][born] = True
+    masks["fc2"]["kernel"][born] = True
+    return masks
+
+
+def age(state: Any, steps) -> Any:
+    """The state with all step counts set."""
+    return jax.tree.map(lambda x: jnp.full_like(x, steps) if x.dtype == jnp.int32 and x.ndim == 0 else x, state)
