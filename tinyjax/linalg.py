@@ -140,8 +140,8 @@ def top_singular(
 ) -> tuple[Float[Array, "d k"], Float[Array, " k"], Float[Array, "k q"]]:
     """The `num` largest singular triplets, padded with zeros beyond the numerical rank.
 
-    The sign of each pair of vectors is the one that makes the largest entry of the right vector positive, so that two
-    runs on one machine, or a run on another, give the same neurons.
+    The sign of each pair of vectors is the one that makes the largest entry of the right vector positive, so that the
+    same sums give the same neurons.
 
     Args:
         matrix: (d, q).

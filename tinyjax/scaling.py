@@ -36,11 +36,11 @@ class LineSearch(NamedTuple):
 
 class _State(NamedTuple):
     gammas: Array  # (points,) of the round to come; the first is 0
-    amplitude: Array
-    loss: Array
+    amplitude: Array  # the best positive one so far
+    loss: Array  # there
     loss_at_zero: Array
-    round: Array
-    refining: Array
+    round: Array  # how many are over
+    refining: Array  # whether the round to come lies between the neighbours of the best, and is the last
     done: Array
 
 
@@ -111,18 +111,19 @@ def line_search(
         )
         return _next_round(found, losses, best)
 
-    inf = jnp.full((), jnp.inf, loss.dtype)
     start = _State(
-        _grid(jnp.asarray(low, dtype), jnp.asarray(high, dtype), points), jnp.zeros((), dtype), inf, inf,
-        jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros((), bool),
-    )  # fmt: skip
-    end = jax.lax.while_loop(lambda s: ~s.done, search_round, start)
-    improved = (
-        end.loss < end.loss_at_zero
-    )  # False for a loss that is NaN at zero: nothing can be said, nothing is added
-    return LineSearch(
-        jnp.where(improved, end.amplitude, 0), jnp.where(improved, end.loss, end.loss_at_zero), end.loss_at_zero
+        gammas=_grid(jnp.asarray(low, dtype), jnp.asarray(high, dtype), points),
+        amplitude=jnp.zeros((), dtype),
+        loss=jnp.full((), jnp.inf, loss.dtype),
+        loss_at_zero=jnp.full((), jnp.inf, loss.dtype),
+        round=jnp.zeros((), jnp.int32),
+        refining=jnp.zeros((), bool),
+        done=jnp.zeros((), bool),
     )
+    end = jax.lax.while_loop(lambda s: ~s.done, search_round, start)
+    improved = end.loss < end.loss_at_zero  # False where the loss at zero is NaN: then nothing is added
+    amplitude = jnp.where(improved, end.amplitude, 0)
+    return LineSearch(amplitude, jnp.where(improved, end.loss, end.loss_at_zero), end.loss_at_zero)
 
 
 def _next_round(state: _State, losses: Array, best: Array) -> _State:

@@ -5,6 +5,7 @@ A fit with ridge r moves the pre-activations by X = (S + r diag S)^-1 N; on the 
 factors 1 / (eigenvalue + r), so one `eigh` a half gives the score of every ridge at once.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array
 
 from tinyjax.linalg import correlation, matmul, solve
 from tinyjax.methods.update import residual_cross
-from tinyjax.statistics import Statistics, half
+from tinyjax.statistics import Moments, Statistics, half
 
 # Half decades, in descending order so that a tie is won by the larger ridge. Above 10^4 no direction changes any more.
 _EXPONENTS = [e / 2 for e in range(8, -17, -1)]
@@ -46,11 +47,10 @@ def held_out_update(statistics: Statistics) -> Array:
     empty half nothing can be compared and the ridge is 1.
     """
 
-    def fold(fit: int, test: int) -> Fold:
-        a, b = half(statistics, fit), half(statistics, test)
+    def fold(a: Moments, b: Moments) -> Fold:
         return Fold(a.gram, a.cross, jnp.diagonal(a.gram), b.gram, b.cross)
 
-    return choose(statistics, (fold(0, 1), fold(1, 0)))
+    return choose(statistics, fold)
 
 
 def held_out(statistics: Statistics) -> Array:
@@ -60,19 +60,27 @@ def held_out(statistics: Statistics) -> Array:
     """
     update_ridge = held_out_update(statistics)
 
-    def fold(fit: int, test: int) -> Fold:
-        a, b = half(statistics, fit), half(statistics, test)
+    def fold(a: Moments, b: Moments) -> Fold:
         delta = solve(a.gram, a.cross, update_ridge)
         cross, cross_test = residual_cross(a, delta), residual_cross(b, delta)
         return Fold(a.gram_prev, cross, jnp.diagonal(a.gram_prev), b.gram_prev, cross_test)
 
-    return choose(statistics, (fold(0, 1), fold(1, 0)))
+    return choose(statistics, fold)
 
 
-def choose(statistics: Statistics, folds: tuple[Fold, Fold]) -> Array:
-    """The ridge with the largest sum of held-out scores, a scalar in the dtype of the statistics."""
+def choose(statistics: Statistics, fold: Callable[[Moments, Moments], Fold]) -> Array:
+    """The ridge with the largest sum of held-out scores over both ways.
+
+    Args:
+        statistics: both halves.
+        fold: (means of the half to fit on, means of the half to score on) -> what is fitted and scored.
+
+    Returns:
+        () in the dtype of the statistics.
+    """
+    even, odd = half(statistics, 0), half(statistics, 1)
     grid = jnp.asarray([10.0**e for e in _EXPONENTS], statistics.gram.dtype)
-    scores = sum((score(fold, grid) for fold in folds), jnp.zeros_like(grid))
+    scores = score(fold(even, odd), grid) + score(fold(odd, even), grid)
     chosen = grid[_climb(scores)]
     return jnp.where(jnp.all(statistics.count > 0), chosen, jnp.asarray(_UNDECIDED, grid.dtype))
 

@@ -13,7 +13,7 @@ from tinyjax.methods.base import Neurons, only_live, traits
 from tinyjax.methods.ridge import Fold, choose, held_out_update
 from tinyjax.methods.tiny import low_rank
 from tinyjax.methods.update import Ridge, residual_cross, resolve
-from tinyjax.statistics import Moments, Statistics, half, moments
+from tinyjax.statistics import Moments, Statistics, moments
 
 
 @traits(function_preserving=False, stochastic=False)
@@ -67,8 +67,7 @@ def held_out_joint(statistics: Statistics, *, update_ridge: float | Array) -> Ar
         update_ridge: of the update, fixed.
     """
 
-    def fold(fit: int, test: int) -> Fold:
-        a, b = half(statistics, fit), half(statistics, test)
+    def fold(a: Moments, b: Moments) -> Fold:
         link, link_test = _dense_link(a), _dense_link(b)
         delta = solve(a.gram, a.cross, update_ridge)
         follow = solve(a.gram, link.T, update_ridge)  # neurons C make the update follow by -follow @ C
@@ -81,7 +80,7 @@ def held_out_joint(statistics: Statistics, *, update_ridge: float | Array) -> Ar
             cross_test=residual_cross(b, delta) - matmul(follow.T, b.cross - matmul(b.gram, delta)),
         )
 
-    return choose(statistics, (fold(0, 1), fold(1, 0)))
+    return choose(statistics, fold)
 
 
 def _dense_link(moments: Moments) -> Array:

@@ -8,18 +8,17 @@ from tinyjax.methods.base import Neurons, only_live, traits
 from tinyjax.methods.ridge import Fold, choose
 from tinyjax.methods.tiny import low_rank
 from tinyjax.methods.update import Ridge, resolve, unprojected_cross
-from tinyjax.statistics import Statistics, half, moments
+from tinyjax.statistics import Moments, Statistics, moments
 
 
 def held_out_unprojected(statistics: Statistics) -> Array:
     """The ridge of `tiny_unprojected` whose neurons generalise best from one half of the samples to the other."""
 
-    def fold(fit: int, test: int) -> Fold:
-        a, b = half(statistics, fit), half(statistics, test)
+    def fold(a: Moments, b: Moments) -> Fold:
         diagonal = jnp.diagonal(a.gram_prev)
         return Fold(a.gram_prev, unprojected_cross(a), diagonal, b.gram_prev, unprojected_cross(b))
 
-    return choose(statistics, (fold(0, 1), fold(1, 0)))
+    return choose(statistics, fold)
 
 
 @traits(function_preserving=False, stochastic=False)
