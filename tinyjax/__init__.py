@@ -35,6 +35,12 @@ from tinyjax.scaling import line_search as line_search
 from tinyjax.scaling import normalize as normalize
 from tinyjax.scaling import normalized as normalized
 from tinyjax.scaling import twin_search as twin_search
+from tinyjax.schedule import Schedule as Schedule
+from tinyjax.schedule import budget as budget
+from tinyjax.schedule import early as early
+from tinyjax.schedule import every as every
+from tinyjax.schedule import most_gain as most_gain
+from tinyjax.schedule import round_robin as round_robin
 from tinyjax.site import Kernel as Kernel
 from tinyjax.site import Member as Member
 from tinyjax.site import Site as Site
@@ -55,3 +61,6 @@ from tinyjax.surgery import resize as resize
 from tinyjax.surgery import thin as thin
 from tinyjax.surgery import width as width
 from tinyjax.surgery import write as write
+from tinyjax.training import Record as Record
+from tinyjax.training import fit as fit
+from tinyjax.training import train_step as train_step

@@ -17,7 +17,6 @@ from tinyjax.layout import Params
 from tinyjax.methods import (
     Method,
     Neurons,
-    held_out_gain,
     predicted_gain,
     refit_fan_out,
     update_gain,
@@ -25,7 +24,7 @@ from tinyjax.methods import (
 from tinyjax.scaling import LineSearch
 from tinyjax.site import Site
 from tinyjax.slots import free_slots, width
-from tinyjax.statistics import Statistics, moments
+from tinyjax.statistics import Moments, Statistics, half, keep_halves, moments
 from tinyjax.surgery import add_update, write
 
 Update = Callable[[Statistics], Array]
@@ -68,9 +67,8 @@ def grow_site(
     over_layers = _over(site)
     layer_keys = None if key is None else _split_over(site, jax.random.fold_in(key, 0))
 
-    delta = None if recipe.update is None else over_layers(recipe.update)(statistics)
+    neurons, delta, report = over_layers(partial(_fit, recipe, num_neurons))(statistics, layer_keys)
     params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before)
-    neurons = over_layers(partial(_call, recipe.method, num_neurons))(statistics, layer_keys)
 
     def grown(gamma: Array) -> tuple[Params, Array]:
         signed = neurons._replace(alpha=jnp.sign(gamma) * neurons.alpha, omega=jnp.sign(gamma) * neurons.omega)
@@ -92,7 +90,6 @@ def grow_site(
     total = jnp.sum(born, dtype=jnp.int32)
 
     finite = jnp.isfinite(loss_before) & _finite(statistics) & _finite(params)
-    report = over_layers(partial(_report, recipe, num_neurons))(statistics, delta, neurons, layer_keys)
     status = _first_true(
         (~finite, Status.NON_FINITE),
         (wanted > free, Status.NO_FREE_SLOT),
@@ -131,24 +128,40 @@ def _updated(
     return _select(kept, candidate, params), jnp.where(kept, found.amplitude, 0), jnp.where(kept, loss, loss_before)
 
 
-def _report(
-    recipe: Recipe, num_neurons: int, statistics: Statistics, delta: Array | None, neurons: Neurons, key: Array | None
-) -> dict[str, Array]:
-    """Bottlenecks and gains at amplitude 1, in the linear model."""
+def _fit(
+    recipe: Recipe, num_neurons: int, statistics: Statistics, key: Array | None
+) -> tuple[Neurons, Array | None, dict[str, Array]]:
+    """The neurons and the update of one layer, with bottlenecks and gains at amplitude 1 in the linear model.
 
-    def fit(half: Statistics) -> tuple[Neurons, Array | None]:
-        change = None if recipe.update is None else recipe.update(half)
-        return refit_fan_out(half, _call(recipe.method, num_neurons, half, key), change), change
+    One program fits all samples, the even and the odd ones in turn; what a half found is scored on the other.
+    """
+
+    def fit(part: Array) -> tuple[Neurons, Neurons, Array | None]:
+        kept = keep_halves(statistics, (part == 0) | (jnp.arange(2) == part - 1))
+        delta = None if recipe.update is None else recipe.update(kept)
+        neurons = _call(recipe.method, num_neurons, kept, key)
+        if neurons.delta is not None and delta is not None:
+            raise ValueError("the method brings its own update of the consumer: pass `update=None` to `make_grow_step`")
+        return neurons, refit_fan_out(kept, neurons, delta), delta
+
+    neurons, refitted, deltas = jax.lax.map(fit, jnp.arange(3))
+
+    def gain(mean: Moments, part: int) -> Array:
+        fitted, delta = jax.tree.map(lambda x: x[part], (refitted, deltas))
+        return predicted_gain(mean, fitted, fitted.delta if delta is None else delta)
 
     mean = moments(statistics)
-    gain = predicted_gain(mean, refit_fan_out(statistics, neurons, delta), delta)
-    updated = jnp.zeros_like(gain) if delta is None else update_gain(mean, delta)
-    return dict(
+    first, delta = jax.tree.map(lambda x: x[0], (neurons, deltas))
+    change = first.delta if delta is None else delta
+    updated = jnp.zeros_like(mean.energy) if change is None else update_gain(mean, change)
+    predicted = gain(mean, 0)
+    report = dict(
         psi_before=mean.energy,
-        psi_after=mean.energy - updated - gain,
-        gain_predicted=gain,
-        gain_held_out=held_out_gain(statistics, fit),
+        psi_after=mean.energy - updated - predicted,
+        gain_predicted=predicted,
+        gain_held_out=(gain(half(statistics, 1), 1) + gain(half(statistics, 0), 2)) / 2,
     )
+    return first, delta, report
 
 
 def skip_site(

@@ -104,7 +104,11 @@ def half(statistics: Statistics, index: int) -> Moments:
 
 def keep_half(statistics: Statistics, index: int) -> Statistics:
     """The statistics of the even or of the odd samples alone: the other half is empty."""
-    kept = jnp.arange(2) == index
+    return keep_halves(statistics, jnp.arange(2) == index)
+
+
+def keep_halves(statistics: Statistics, kept: Array) -> Statistics:
+    """The statistics of the halves marked in `kept` (2,) booleans; the others are empty."""
 
     def keep(x: Array) -> Array:
         return jnp.where(kept.reshape(2, *[1] * (x.ndim - 1)), x, 0)

@@ -73,5 +73,5 @@ def refit_fan_out(statistics: Statistics, neurons: Neurons, delta: Array | None 
     mean = moments(statistics)
     cross = mean.cross_prev if delta is None else residual_cross(mean, delta)
     gram = matmul(neurons.alpha.T, matmul(mean.gram_prev, neurons.alpha))
-    best = solve(gram, matmul(neurons.alpha.T, cross))
+    best = solve(gram, matmul(neurons.alpha.T, cross), 1e-6)  # the neurons may be more than the rank
     return neurons._replace(omega=jnp.where(jnp.any(neurons.omega != 0), neurons.omega, best))

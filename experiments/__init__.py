@@ -1,0 +1,1 @@
+"""One script an experiment; each docstring says how to run it and what to expect."""
