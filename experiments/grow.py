@@ -13,7 +13,9 @@ fan-out (`tiny0`), random filler beyond the rank. All runs share data, batches, 
     fixed + dW*     width 64 from the start, with the same best-update steps at the same times
 
 Writes log.jsonl, figure.png and final.npz (the compact parameters of the grown network) to `--out`. The test split is
-reported, never used to choose anything.
+reported, never used to choose anything. In the table of growths, psi is mean |V_goal|^2 before the growth, gain is
+what the new neurons can take away from it after the best update (in the linear model; held out: on samples they were
+not computed from), gamma is the amplitude of the neurons and of the update.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -38,7 +41,7 @@ from tinyjax.models import MLP
 METHODS = {name: getattr(methods, name) for name in ("tiny0", "random0", "tiny", "tiny_unprojected", "tiny_joint")}
 EPOCHS = {"digits": 40, "mnist5k": 20}
 CONTROLS = ("random0 + dW*", "fixed", "fixed + dW*")
-CONSOLE = Console()
+CONSOLE = Console(width=max(Console().width, 132))  # the growth table needs that much
 
 
 class Setup(NamedTuple):
@@ -167,17 +170,19 @@ def record(setup: Setup, name: str, seed: int, step: int, params: Any, info: Any
         line[f"{split}_accuracy"] = float(setup.accuracy(params, batch))
     line["width"] = {site.name: int(tinyjax.width(params, site)) for site in setup.sites}
     if info is not None:
-        values = jax.device_get({field: value for field, value in info._asdict().items() if field not in ("born", "width")})
+        values = jax.device_get(
+            {field: value for field, value in info._asdict().items() if field not in ("born", "width")}
+        )
         line["psi"] = {site: float(value) for site, value in values.pop("psi_before").items()}
         line |= {field: {site: float(value) for site, value in by_site.items()} for field, by_site in values.items()}
     return line
 
 
 def growth_table(records: list[dict[str, Any]]) -> Table:
-    table = Table(title="Growths")
-    columns = "growth|site|width|psi|predicted|held out|gamma|gamma dW|loss before|after|train|test|seconds|compiles"
-    for column in columns.split("|"):
-        table.add_column(column, justify="left" if column == "site" else "right")
+    table = Table(title="Growths", box=box.SIMPLE_HEAD, padding=(0, 1))
+    columns = ("#", "site", "width", "psi", "gain", "held out", "γ", "γ dW", "loss", "train", "test", "s", "compiles")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "site" else "right", no_wrap=True)
     for number, line in enumerate((r for r in records if "psi" in r), start=1):
         for site in line["psi"]:
             table.add_row(
@@ -185,7 +190,8 @@ def growth_table(records: list[dict[str, Any]]) -> Table:
                 site,
                 str(line["width"][site]),
                 *(f"{line[f][site]:.3g}" for f in ("psi", "gain_predicted", "gain_held_out", "amplitude")),
-                *(f"{line[f][site]:.3g}" for f in ("amplitude_update", "loss_before", "loss_after")),
+                f"{line['amplitude_update'][site]:.3g}",
+                f"{line['loss_before'][site]:.4f} → {line['loss_after'][site]:.4f}",
                 f"{line['train_accuracy']:.3f}",
                 f"{line['test_accuracy']:.3f}",
                 f"{line['seconds']:.1f}",
@@ -196,7 +202,9 @@ def growth_table(records: list[dict[str, Any]]) -> Table:
 
 def result_table(results: dict[str, list[Run]]) -> Table:
     several = len(next(iter(results.values()))) > 1
-    table = Table(title="After training" + (", mean (standard deviation) over seeds" if several else ""))
+    table = Table(
+        box=box.SIMPLE_HEAD, title="After training" + (", mean (standard deviation) over seeds" if several else "")
+    )
     for column in ("run", "train", "validation", "test", "seconds"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, runs in results.items():
