@@ -7,7 +7,7 @@ summed over, only linear operations with sample-free factors may follow on the w
 
 from tinyjax.atoms import root, roots
 from tinyjax.axes import RANDOM, Axes
-from tinyjax.trace import Graph, Op, Value
+from tinyjax.trace import Graph, Op, Value, behind_loss
 
 # Linear in each operand on its own; `mul` and `div` are linear in the summed operand when the other has no samples.
 _LINEAR = frozenset(
@@ -19,7 +19,7 @@ _BILINEAR = frozenset(("mul", "dot_general", "conv_general_dilated"))
 
 def coupling(graph: Graph, axes: Axes) -> str:
     """What couples the samples of a batch in the loss; "" when the loss is a mean of per-sample terms."""
-    needed = _behind(graph)
+    needed = behind_loss(graph)
     summed: set[Value] = set()  # computed from a sum over the samples
     dependent = set(graph.batch)  # computed from the batch
     for op in graph.ops:
@@ -34,19 +34,6 @@ def coupling(graph: Graph, axes: Axes) -> str:
         if any(v in summed for v in op.ins) or _sums(op, axes):
             summed.update(op.outs)
     return "" if graph.loss in summed else "the samples are not averaged at the end"
-
-
-def _behind(graph: Graph) -> set[Value]:
-    """The values the loss is computed from."""
-    needed = {graph.loss}
-    # A scan's carry enters before the operation that computes it, so one backward sweep is repeated until it settles.
-    while True:
-        before = len(needed)
-        for op in reversed(graph.ops):
-            if any(v in needed for v in op.outs):
-                needed.update(op.ins)
-        if len(needed) == before:
-            return needed
 
 
 def _samples_in(value: Value, axes: Axes) -> int:

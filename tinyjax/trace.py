@@ -122,6 +122,13 @@ class Value:
     const: Any = None
 
 
+class Scan(NamedTuple):
+    """A scan: its path and its number of steps."""
+
+    path: tuple[int, ...]
+    length: int
+
+
 @dataclasses.dataclass(eq=False, frozen=True)
 class Op:
     """One operation of the flat graph.
@@ -133,7 +140,7 @@ class Op:
         outs: results.
         eqn: the equation, None for a pseudo-operation.
         path: indices of the equation and of those around it, outermost first: the operation's identity.
-        stack: lengths of the scans around it.
+        scans: the scans around it, outermost first.
         inside: opaque calls around it (`cond`, `custom_vjp_call`, ...), through which nothing can be probed.
     """
 
@@ -142,8 +149,13 @@ class Op:
     outs: tuple[Value, ...]
     eqn: JaxprEqn | None
     path: tuple[int, ...]
-    stack: tuple[int, ...] = ()
+    scans: tuple[Scan, ...] = ()
     inside: tuple[str, ...] = ()
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Lengths of the scans around it."""
+        return tuple(scan.length for scan in self.scans)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -171,6 +183,19 @@ def flatten(traced: Trace) -> Graph:
     ops: list[Op] = []
     outs = _inline(ops, jaxpr, traced.jaxpr.consts, inputs, (), (), ())
     return Graph(tuple(inputs[:num_params]), tuple(inputs[num_params:]), tuple(ops), outs[0])
+
+
+def behind_loss(graph: Graph) -> set[Value]:
+    """The values the loss is computed from (auxiliary outputs are not)."""
+    needed = {graph.loss}
+    # A scan's carry enters before the operation that computes it, so one backward sweep is repeated until it settles.
+    while True:
+        before = len(needed)
+        for op in reversed(graph.ops):
+            if any(v in needed for v in op.outs):
+                needed.update(op.ins)
+        if len(needed) == before:
+            return needed
 
 
 def subjaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]]:
@@ -205,7 +230,7 @@ def _inline(
     consts: Sequence[Any],
     ins: Sequence[Value],
     path: tuple[int, ...],
-    stack: tuple[int, ...],
+    scans: tuple[Scan, ...],
     inside: tuple[str, ...],
 ) -> list[Value]:
     env: dict[Any, Value] = dict(zip(jaxpr.invars, ins))
@@ -214,20 +239,20 @@ def _inline(
     def read(v: Any) -> Value:
         return _constant(v.val) if isinstance(v, Literal) else env[v]
 
-    def emit(name: str, sources: Sequence[Value], like: Any, at: tuple[int, ...], lengths: tuple[int, ...]) -> Value:
+    def emit(name: str, sources: Sequence[Value], like: Any, at: tuple[int, ...], around: tuple[Scan, ...]) -> Value:
         out = Value(like.aval.shape, like.aval.dtype)
-        ops.append(Op(name, tuple(sources), (out,), None, at, lengths, inside))
+        ops.append(Op(name, tuple(sources), (out,), None, at, around, inside))
         return out
 
     for i, eqn in enumerate(jaxpr.eqns):
         at, name = (*path, i), eqn.primitive.name
         args = [read(v) for v in eqn.invars]
         if name in JIT | REMAT | CUSTOM:
-            outs = _inline(ops, *subjaxpr(eqn), args, at, stack, (*inside, name) if name in CUSTOM else inside)
+            outs = _inline(ops, *subjaxpr(eqn), args, at, scans, (*inside, name) if name in CUSTOM else inside)
         elif name == "scan":
             body, body_consts = subjaxpr(eqn)
             num_consts, num_carry = scan_counts(eqn)
-            deeper = (*stack, eqn.params["length"])
+            deeper = (*scans, Scan(at, eqn.params["length"]))
             first_x = num_consts + num_carry
             inner = args[:num_consts]
             inner += [
@@ -237,19 +262,19 @@ def _inline(
             results = _inline(ops, body, body_consts, inner, at, deeper, inside)
             # A carry that leaves one iteration is the carry that enters the next.
             outs = [
-                emit("carry", [r, entered], v, at, stack)
+                emit("carry", [r, entered], v, at, scans)
                 for r, entered, v in zip(results[:num_carry], inner[num_consts:first_x], eqn.outvars)
             ]
-            outs += [emit("stack", [r], v, at, stack) for r, v in zip(results[num_carry:], eqn.outvars[num_carry:])]
+            outs += [emit("stack", [r], v, at, scans) for r, v in zip(results[num_carry:], eqn.outvars[num_carry:])]
         elif name == "cond":
             branches = [
-                _inline(ops, *open_jaxpr(branch), args[1:], (*at, b), stack, (*inside, "cond"))
+                _inline(ops, *open_jaxpr(branch), args[1:], (*at, b), scans, (*inside, "cond"))
                 for b, branch in enumerate(eqn.params["branches"])
             ]
-            outs = [emit("merge", results, v, at, stack) for *results, v in zip(*branches, eqn.outvars)]
+            outs = [emit("merge", results, v, at, scans) for *results, v in zip(*branches, eqn.outvars)]
         else:
             outs = [Value(v.aval.shape, getattr(v.aval, "dtype", None)) for v in eqn.outvars]
-            ops.append(Op(name, tuple(args), tuple(outs), eqn, at, stack, inside))
+            ops.append(Op(name, tuple(args), tuple(outs), eqn, at, scans, inside))
         env.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars]
 
