@@ -6,17 +6,25 @@ is the tangent of a new neuron's fan-in, and an empty neuron (fan-in and bias ze
 slot holds there.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from tinyjax.atoms import Atom, roots
 from tinyjax.axes import ELEMENTWISE, REDUCTIONS, Axes
-from tinyjax.trace import Graph, Op, Value
-from tinyjax.uses import Wiring, is_view
+from tinyjax.trace import Graph, Op, Value, behind_loss
+from tinyjax.uses import Use, Wiring, is_view
 
 ROW_BY_ROW = ""
+_SUMS = ("add", "add_any", "sub")
+
+
+class Meeting(NamedTuple):
+    """A parameter leaf enters the activations: in which operation, and through which others on its way there."""
+
+    op: Op
+    through: frozenset[str]
 
 
 class Flow:
@@ -27,15 +35,18 @@ class Flow:
             (`ROW_BY_ROW`, the empty string, where they are).
         empty: what an empty slot holds there, where that is a known number.
         culprit: for a value at which an empty slot is not zero, the operation that made it so.
-        met: for every parameter leaf that met the flow, by which operation, and through which ones it came.
+        met: for every parameter leaf that met the flow slot by slot, the operations in which it did.
     """
 
-    def __init__(self, graph: Graph, axes: Axes, wiring: Wiring, start: Value, slots: Atom):
+    def __init__(self, graph: Graph, axes: Axes, wiring: Wiring, producer: Use, slots: Atom):
+        (start,) = producer.op.outs
         self.mixing: dict[Value, str] = {start: ROW_BY_ROW}
         self.empty: dict[Value, Any] = {start: _zero(start)}
         self.culprit: dict[Value, str] = {}
-        self.met: dict[int, tuple[str, frozenset[str]]] = {}
+        self.met: dict[int, list[Meeting]] = {}
         self._axes, self._wiring, self._slots = axes, wiring, slots
+        # Steps of the scans around the producer are rows, unless its kernel has one layer for each.
+        self._row_scans = frozenset() if producer.kernel.stack else frozenset(producer.op.scans)
         for op in graph.ops:
             if any(v in self.mixing for v in op.ins):
                 self._follow(op)
@@ -63,13 +74,26 @@ class Flow:
         if op.name in ELEMENTWISE or op.name == "broadcast_in_dim" or is_view(op) or op.name in ("stack", "unstack"):
             # One operand with the rows of the product is enough: statistics over rows may modulate it.
             mixed = [r for r in reasons if r != ROW_BY_ROW and not r.startswith("its rows are summarised")]
+            if op.name not in _SUMS and not all(v in self.mixing or self._same_in_all_rows(v) for v in op.ins):
+                mixed.append(f"its rows are weighted one by one in `{op.name}` (a mask or a gate?)")
             return mixed[0] if mixed else (ROW_BY_ROW if ROW_BY_ROW in reasons else reasons[0])
         if op.name in REDUCTIONS:
             return f"its rows are summarised by `{op.name}`"
         return f"its rows are mixed by `{op.name}`"
 
+    def _same_in_all_rows(self, value: Value) -> bool:
+        """Whether an operand from outside treats all rows of the product alike (it may differ between slots)."""
+        if self._wiring.steps.get(value, frozenset()) & self._row_scans:
+            return False
+        if all(atom is self._slots for axis in self._axes[value] for atom in roots(axis)):
+            return True
+        op = self._wiring.made_by.get(value)
+        if op is None or not (op.name in ELEMENTWISE or op.name == "broadcast_in_dim" or is_view(op)):
+            return False
+        return all(self._same_in_all_rows(v) for v in op.ins)
+
     def _empty_value(self, op: Op) -> Any:
-        known = [self._known(v, op.name in ("add", "add_any", "sub")) for v in op.ins]
+        known = [self._known(v, op.name in _SUMS) for v in op.ins]
         if op.name in ("mul", "and") and any(k is not None and k == 0 for k in known):
             return 0
         if op.name == "div" and known[0] is not None and known[0] == 0:
@@ -104,8 +128,8 @@ class Flow:
         for value in op.ins:
             if value in self.mixing or not self._has_slots(value):
                 continue
-            for leaf, through in _leaves_behind(self._wiring, self._axes, value).items():
-                self.met.setdefault(leaf, (op.name, through))
+            for leaf, through in leaves_behind(self._wiring, self._axes, value).items():
+                self.met.setdefault(leaf, []).append(Meeting(op, through))
 
     def _blame(self, op: Op, out: Value) -> None:
         earlier = [self.culprit[v] for v in op.ins if v in self.culprit]
@@ -119,7 +143,7 @@ def _zero(value: Value) -> Any:
     return np.zeros((), value.dtype)
 
 
-def _leaves_behind(wiring: Wiring, axes: Axes, value: Value) -> dict[int, frozenset[str]]:
+def leaves_behind(wiring: Wiring, axes: Axes, value: Value) -> dict[int, frozenset[str]]:
     """Parameter leaves from which a parameter-only value is made, with the operations on the way."""
     found: dict[int, frozenset[str]] = {}
     seen: set[Value] = set()
@@ -133,4 +157,19 @@ def _leaves_behind(wiring: Wiring, axes: Axes, value: Value) -> dict[int, frozen
             found[wiring.views[v].leaf] = through
         elif (op := wiring.made_by.get(v)) is not None and axes.parameter_only(v):
             queue += [(source, through | {op.name}) for source in op.ins]
+    return found
+
+
+def entries(graph: Graph, axes: Axes, wiring: Wiring) -> dict[int, list[Meeting]]:
+    """For every leaf, where a tensor made of parameters alone first meets one that is not, on the way to the loss.
+
+    Scalars are left out: a penalty is added to the loss and moves no activation.
+    """
+    needed, found = behind_loss(graph), {}
+    for op in graph.ops:
+        if all(axes.parameter_only(v) for v in op.ins) or not any(v in needed and v.shape for v in op.outs):
+            continue
+        for value in op.ins:
+            for leaf, through in leaves_behind(wiring, axes, value).items():
+                found.setdefault(leaf, []).append(Meeting(op, through))
     return found

@@ -13,10 +13,10 @@ import numpy as np
 
 from tinyjax.atoms import Atom, parts, root
 from tinyjax.axes import BETWEEN_ACTIVATIONS, INPUT, Axes, contraction
-from tinyjax.flow import ROW_BY_ROW, Flow
+from tinyjax.flow import ROW_BY_ROW, Flow, entries
 from tinyjax.layout import Layout, Params
 from tinyjax.site import Kernel, Member, Site, Sites
-from tinyjax.trace import Graph, Trace, Value, flatten, trace
+from tinyjax.trace import VIEWS, Graph, Op, Trace, Value, flatten, trace
 from tinyjax.uses import Use, Wiring, find_uses, leaf_factors
 
 
@@ -119,6 +119,7 @@ class _Finder:
                 for atom in parts(axis):
                     self.obstructed.setdefault(root(atom), why)
         self.matrices = {use.leaf for use in uses}
+        self.entries = entries(graph, axes, wiring)
         self.order = {op: i for i, op in enumerate(graph.ops)}
 
     def sites(self) -> list[tuple[Site, tuple[Path, ...]]]:
@@ -185,9 +186,6 @@ class _Finder:
         for use in consumers:
             if sum(use.kernel.factors[f] > 1 for f in use.kernel.rows) != 1:
                 return f"`{use.leaf}` contracts it together with another axis (a flatten, or attention heads)"
-        depths = {len(u.kernel.stack) for u in (*producers, *consumers)}
-        if len(depths) > 1:
-            return "its producer and its consumers sit in different scans"
         repeated = [leaf for leaf, _ in self.leaves[dimension]]
         twice = next((leaf for leaf in repeated if repeated.count(leaf) > 1), None)
         if twice is not None:
@@ -199,25 +197,35 @@ class _Finder:
     ) -> tuple[str, tuple[Path, ...], dict[int, str]]:
         """The aligned producer-consumer pairs, the roles of the vectors met on the way, or why there are none."""
         paths, reached, roles = [], [], {}
+        kernels = (*producers, *consumers)
+        accounted = {use.op for use in kernels}
         for producer in producers:
-            flow = Flow(self.graph, self.axes, self.wiring, producer.op.outs[0], dimension)
+            flow = Flow(self.graph, self.axes, self.wiring, producer, dimension)
             mine = tuple(c for c in consumers if c.input_value in flow.mixing)
             if sorted(c.leaf for c in mine) != sorted({c.leaf for c in consumers}):
                 return "its consumers do not each read the output of one producer operation once", (), {}
             reason = self._row_reason(producer, mine, flow)
             if reason:
                 return reason, (), {}
-            for leaf, (op, through) in flow.met.items():
-                roles[leaf] = _role(op, through)
+            for leaf, meetings in flow.met.items():
+                if self.names[leaf] in {use.leaf for use in kernels}:
+                    return f"`{self.names[leaf]}` also enters the model through `{meetings[0].op.name}`", (), {}
+                if len(meetings) > 1:
+                    return f"`{self.names[leaf]}` acts on it more than once", (), {}
+                roles[leaf] = _role(*meetings[0])
+                accounted.add(meetings[0].op)
             order = [self.axes.samples, *(a for a in producer.rows if a is not None)]
             paths.append(Path(aligned(producer, order), tuple(aligned(c, order) for c in mine)))
             reached += mine
         if len(reached) != len(consumers) or len({id(c) for c in reached}) != len(reached):
             return "its consumers do not each read the output of one producer operation", (), {}
         for leaf, _ in self.leaves[dimension]:
+            for op, _ in self.entries.get(leaf, ()):
+                if op not in accounted:
+                    return f"`{self.names[leaf]}` also enters the model through `{op.name}`", (), {}
             kernel = self.names[leaf] in {u.leaf for u in (*producers, *consumers)}
             if not kernel and roles.get(leaf) not in ("shift", "scale"):
-                return f"`{self.names[leaf]}` is a statistic of a normalisation along it", (), {}
+                return f"`{self.names[leaf]}` is neither a plain shift nor a plain scale (a normalisation?)", (), {}
         return "", tuple(paths), roles
 
     def _row_reason(self, producer: Use, consumers: Sequence[Use], flow: Flow) -> str:
@@ -229,6 +237,9 @@ class _Finder:
             return f"{summaries[0]} on the way to the consumer (a pooling or a normalisation over the batch)"
         wanted = [root(a) for a in producer.rows if a is not None]
         for consumer in consumers:
+            same_scans = producer.op.scans == consumer.op.scans
+            if not same_scans or len(producer.kernel.stack) != len(consumer.kernel.stack):
+                return f"`{consumer.leaf}` reads it in another scan than `{producer.leaf}` writes it"
             if flow.mixing[consumer.input_value] != ROW_BY_ROW:
                 return flow.mixing[consumer.input_value]
             rows = [root(a) for a in consumer.rows if a is not None]
@@ -339,11 +350,13 @@ def aligned(use: Use, order: Sequence[Atom]) -> Use:
     return dataclasses.replace(use, rows=rows, inputs=inputs, outputs=outputs)
 
 
-def _role(op: str, through: frozenset[str]) -> str:
+def _role(op: Op, through: frozenset[str]) -> str:
     """What a vector does to a neuron, from the operation in which it meets it and those it came through."""
     if through & {"rsqrt", "sqrt"}:
         return "var"
-    return {"add": "shift", "add_any": "shift", "sub": "shift", "mul": "scale", "div": "scale"}.get(op, "other")
+    if through - VIEWS - {"broadcast_in_dim"}:
+        return "other"
+    return {"add": "shift", "add_any": "shift", "sub": "shift", "mul": "scale", "div": "scale"}.get(op.name, "other")
 
 
 def _with_slot(layout: Layout, slot: int | None) -> Layout:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tinyjax.atoms import Atom, Axis, parts, root
 from tinyjax.axes import Axes, contraction
 from tinyjax.layout import Layout
-from tinyjax.trace import MATMULS, VIEWS, Graph, Op, Value
+from tinyjax.trace import MATMULS, VIEWS, Graph, Op, Scan, Value
 
 
 @dataclasses.dataclass(eq=False, frozen=True)
@@ -66,13 +66,19 @@ class Wiring:
         made_by: the operation that makes a value.
         used_by: the operations that read it.
         views: values that are views of a leaf.
+        steps: for a value, the scans from one step of which to the next it may change.
     """
 
     def __init__(self, graph: Graph):
         self.made_by: dict[Value, Op] = {v: op for op in graph.ops for v in op.outs}
         self.used_by: dict[Value, list[Op]] = {}
         self.views: dict[Value, View] = {v: View(i, 0) for i, v in enumerate(graph.params)}
+        self.steps: dict[Value, frozenset[Scan]] = {}
         for op in graph.ops:
+            changing = frozenset[Scan]().union(*(self.steps.get(v, frozenset()) for v in op.ins))
+            if op.name in ("unstack", "carry") and op.scans:
+                changing |= {op.scans[-1]}
+            self.steps.update(dict.fromkeys(op.outs, changing.intersection(op.scans)))
             for v in op.ins:
                 self.used_by.setdefault(v, []).append(op)
             if op.ins and op.ins[0] in self.views and is_view(op):
