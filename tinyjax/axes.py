@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tinyjax.atoms import Atom, Axis, mark, parts, regroup, roots, unify
-from tinyjax.trace import Graph, Op, Value
+from tinyjax.trace import VIEWS, Graph, Op, Value, behind_loss
 
 ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
@@ -70,6 +70,8 @@ class Axes:
         self.samples = Atom(num_samples, "it counts the samples of the batch")
         self._of: dict[Value, list[Axis]] = {}
         self._parameter_only = set(graph.params)
+        self._power = dict.fromkeys(graph.params, 1)  # how fast a parameter-only tensor vanishes with an empty slot
+        self._needed = behind_loss(graph)
         for value in graph.params:
             self._of[value] = _fresh(value)
         for value, has_samples in zip(graph.batch, batched):
@@ -101,6 +103,31 @@ class Axes:
                     mark(axes[d], BETWEEN_ACTIVATIONS)
         if op.ins and all(self.parameter_only(v) for v in op.ins):
             self._parameter_only.update(op.outs)
+            self._pull(op, ins)
+
+    def _pull(self, op: Op, ins: list[list[Axis]]) -> None:
+        """Marks the axes summed by a penalty whose gradient is not zero in an empty slot (L1, a distance to a point)."""
+        powers = [self._power.get(v, 0) for v in op.ins]
+        self._power.update(dict.fromkeys(op.outs, _vanishing(op, powers)))
+        if op.name in REDUCTIONS and powers[0] < 2 and op.outs[0] in self._needed:
+            for axis in op.params["axes"]:
+                mark(ins[0][axis], "a function of the parameters in the loss pulls at its empty slots (an L1 penalty?)")
+
+
+def _vanishing(op: Op, powers: Sequence[int]) -> int:
+    """The power of a small slot to which a function of parameters is proportional, from those of its operands."""
+    if op.name in ("mul", "dot_general"):
+        return sum(powers)
+    if op.name == "square":
+        return 2 * powers[0]
+    if op.name == "integer_pow":
+        return max(op.params["y"], 0) * powers[0]
+    if op.name in ("add", "add_any", "sub"):
+        return min(powers)
+    if op.name == "div":
+        return powers[0] if powers[1] == 0 else 0
+    kept = op.name in VIEWS or op.name in ("neg", "abs", "broadcast_in_dim", "reduce_sum", "stop_gradient", "stack")
+    return powers[0] if kept else 0
 
 
 Rule = Callable[[Op, list[list[Axis]], list[list[Axis]]], list[list[Axis]]]
