@@ -132,9 +132,19 @@ class _Finder:
         produced, consumed = dimension in self.producing, dimension in self.consuming
         if produced and consumed:
             return True
+        if produced and any(self._feeds(use) for use in self.producing[dimension]):
+            return True
         matrices = {leaf for leaf, _ in self.leaves[dimension] if len(self.graph.params[leaf].shape) > 1}
         used = consumed or dimension in self.obstructed or BETWEEN_ACTIVATIONS in dimension.marks
         return len(matrices) > 1 and used and INPUT not in dimension.marks
+
+    def _feeds(self, producer: Use) -> bool:
+        """Whether anything computed from a product enters another product: then it is no output of the model."""
+        reached = set(producer.op.outs)
+        for op in self.graph.ops:
+            if any(v in reached for v in op.ins):
+                reached.update(op.outs)
+        return any(use.input_value in reached for use in self.uses)
 
     def _first_op(self, dimension: Atom) -> int:
         uses = self.producing.get(dimension, []) + self.consuming.get(dimension, [])
