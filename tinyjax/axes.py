@@ -27,7 +27,7 @@ RANDOM = frozenset(
 )
 # These keep the rank and leave every axis alone but the ones they work along.
 ALONG = frozenset(
-    "cumsum cumprod cummax cummin cumlogsumexp rev sort slice dynamic_slice dynamic_update_slice pad".split()
+    "cumsum cumprod cummax cummin cumlogsumexp rev sort slice split dynamic_slice dynamic_update_slice pad".split()
 )
 
 

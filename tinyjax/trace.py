@@ -280,5 +280,8 @@ def _inline(
 
 
 def _constant(value: Any) -> Value:
-    shape = np.shape(value)
-    return Value(shape, getattr(value, "dtype", np.result_type(value)), "const", const=value if shape == () else None)
+    shape, dtype = np.shape(value), getattr(value, "dtype", None)
+    if dtype is None:
+        dtype = np.result_type(value)
+    number = shape == () and isinstance(dtype, np.dtype)  # a typed key is no number
+    return Value(shape, dtype, "const", const=value if number else None)
