@@ -321,11 +321,16 @@ class _Finder:
         unseen = []
         for leaf, value in enumerate(self.graph.params):
             wide = [n for n in value.shape[self._depth(leaf) :] if n > 1]
-            if leaf in listed or self.names[leaf] in self.matrices or len(wide) < 2:
+            if leaf in listed or self.names[leaf] in self.matrices or len(wide) < 2 or self._is_shift(leaf):
                 continue
             why = f"`{self.names[leaf]}` never reaches a matrix product that can be seen{self._first_user(leaf)}"
             unseen.append((Site(self._short_name(self.names[leaf]), wide[-1], False, why, (), (), ()), ()))
         return unseen
+
+    def _is_shift(self, leaf: int) -> bool:
+        """Whether a leaf is only added to activations (a bias with two axes, a position embedding)."""
+        found = self.entries.get(leaf, ())
+        return bool(found) and all(_role(op, through) == "shift" for op, through in found)
 
     def _first_user(self, leaf: int) -> str:
         for view, info in self.wiring.views.items():

@@ -116,6 +116,9 @@ def find_uses(graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...]) 
         if op.name not in MATMULS:
             continue
         for k, value in enumerate(op.ins[:2]):
+            other = wiring.views.get(op.ins[1 - k])
+            if value in wiring.views and wiring.views[value] == other:
+                continue  # a leaf with itself: a penalty (`vdot(w, w)`), no product of the network
             if value in wiring.views:
                 uses.append(_use(graph, axes, wiring, names, op, k))
             elif axes.parameter_only(value) and value.kind == "op":
