@@ -97,7 +97,7 @@ def moments(statistics: Statistics) -> Moments:
     return _divide(statistics, lambda x: x.sum(axis=0))
 
 
-def half(statistics: Statistics, index: int) -> Moments:
+def half(statistics: Statistics, index: int | Array) -> Moments:
     """Means over the even (`index` 0) or the odd (`index` 1) samples."""
     return _divide(statistics, lambda x: x[index])
 

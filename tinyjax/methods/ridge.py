@@ -78,11 +78,16 @@ def choose(statistics: Statistics, fold: Callable[[Moments, Moments], Fold]) -> 
     Returns:
         () in the dtype of the statistics.
     """
-    even, odd = half(statistics, 0), half(statistics, 1)
     grid = jnp.asarray([10.0**e for e in _EXPONENTS], statistics.gram.dtype)
-    scores = score(fold(even, odd), grid) + score(fold(odd, even), grid)
-    chosen = grid[_climb(scores)]
-    return jnp.where(jnp.all(statistics.count > 0), chosen, jnp.asarray(_UNDECIDED, grid.dtype))
+
+    def score_on_other(fitted: Array) -> Array:
+        return score(fold(half(statistics, fitted), half(statistics, 1 - fitted)), grid)
+
+    def decide() -> Array:
+        return grid[_climb(jnp.sum(jax.lax.map(score_on_other, jnp.arange(2)), axis=0))]
+
+    # A branch, not a `where`: the two eigendecompositions are most of a growth's work on a wide layer.
+    return jax.lax.cond(jnp.all(statistics.count > 0), decide, lambda: jnp.asarray(_UNDECIDED, grid.dtype))
 
 
 def score(fold: Fold, ridges: Array) -> Array:
