@@ -101,7 +101,8 @@ class Axes:
             for axes, summed, paired in zip(ins, sides.contracted, sides.batched):
                 for d in (*summed, *paired):
                     mark(axes[d], BETWEEN_ACTIVATIONS)
-        if op.ins and all(self.parameter_only(v) for v in op.ins):
+        # What enters a scan as a constant may be anything in the next step.
+        if op.ins and op.name != "scan_carry" and all(self.parameter_only(v) for v in op.ins):
             self._parameter_only.update(op.outs)
             self._pull(op, ins)
 
@@ -126,7 +127,7 @@ def _vanishing(op: Op, powers: Sequence[int]) -> int:
         return min(powers)
     if op.name == "div":
         return powers[0] if powers[1] == 0 else 0
-    kept = op.name in VIEWS or op.name in ("neg", "abs", "broadcast_in_dim", "reduce_sum", "stop_gradient", "stack")
+    kept = op.name in VIEWS or op.name in ("neg", "abs", "broadcast_in_dim", "reduce_sum", "stop_gradient", "scan_out")
     return powers[0] if kept else 0
 
 
@@ -304,14 +305,29 @@ def _gather(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[
     return outs
 
 
-def _unstack(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+def _scan_in(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
     mark(ins[0][0], "it counts the steps of a scan")
     return [ins[0][1:]]
 
 
-def _stack(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+def _scan_out(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
     mark(outs[0][0], "it counts the steps of a scan")
     return [[outs[0][0], *ins[0]]]
+
+
+def _stack(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    new = op.params["axis"] % len(outs[0])
+    mark(outs[0][new], "it is a stack of tensors")
+    for tensor in ins:
+        for x, y in zip(ins[0], tensor):
+            unify(x, y)
+    return [[*ins[0][:new], outs[0][new], *ins[0][new:]]]
+
+
+def _unstack(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    gone = op.params["axis"] % len(ins[0])
+    mark(ins[0][gone], "it passes through `unstack`")
+    return [[*ins[0][:gone], *ins[0][gone + 1 :]] for _ in outs]
 
 
 RULES: dict[str, Rule] = {
@@ -332,10 +348,12 @@ RULES: dict[str, Rule] = {
     "conv_general_dilated": _convolution,
     "concatenate": _concatenate,
     "gather": _gather,
-    "carry": _elementwise,
-    "merge": _elementwise,
-    "unstack": _unstack,
+    "scan_carry": _elementwise,
+    "cond_out": _elementwise,
+    "scan_in": _scan_in,
+    "scan_out": _scan_out,
     "stack": _stack,
+    "unstack": _unstack,
     "create_token": _fresh_outputs,
 }
 

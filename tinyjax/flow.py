@@ -69,9 +69,9 @@ class Flow:
 
     def _mixed_by(self, op: Op) -> str:
         reasons = [self.mixing[v] for v in op.ins if v in self.mixing]
-        if op.name == "carry":
+        if op.name == "scan_carry":
             return "it is carried from one step of a scan to the next"
-        if op.name in ELEMENTWISE or op.name == "broadcast_in_dim" or is_view(op) or op.name in ("stack", "unstack"):
+        if op.name in ELEMENTWISE or op.name == "broadcast_in_dim" or is_view(op) or op.name in ("scan_in", "scan_out"):
             # One operand with the rows of the product is enough: statistics over rows may modulate it.
             mixed = [r for r in reasons if r != ROW_BY_ROW and not r.startswith("its rows are summarised")]
             if op.name not in _SUMS and not all(v in self.mixing or self._same_in_all_rows(v) for v in op.ins):
@@ -100,9 +100,9 @@ class Flow:
             return 0
         if op.name == "select_n" and all(k is not None for k in known[1:]) and len({float(k) for k in known[1:]}) == 1:
             return known[1]
-        if op.name in ("merge", "carry") and all(k is not None for k in known) and len({float(k) for k in known}) == 1:
+        if op.name in ("cond_out", "scan_carry") and all(k is not None for k in known) and len({float(k) for k in known}) == 1:
             return known[0]
-        if is_view(op) or op.name in ("broadcast_in_dim", "stack", "unstack", "reduce_max", "reduce_min", "carry"):
+        if is_view(op) or op.name in ("broadcast_in_dim", "scan_in", "scan_out", "reduce_max", "reduce_min", "scan_carry"):
             return known[0]
         if op.name == "reduce_sum":
             return 0 if known[0] is not None and known[0] == 0 else None

@@ -21,7 +21,7 @@ CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr
 MATMULS = frozenset({"dot_general", "conv_general_dilated"})
 # Operations that only rename or rearrange entries: what they return is the same tensor.
 VIEWS = frozenset(
-    "reshape transpose squeeze convert_element_type copy copy_p sharding_constraint optimization_barrier name unstack".split()
+    "reshape transpose squeeze convert_element_type copy copy_p sharding_constraint optimization_barrier name scan_in".split()
 )
 
 
@@ -134,8 +134,9 @@ class Op:
     """One operation of the flat graph.
 
     Attributes:
-        name: the primitive's name, or one of the pseudo-operations `carry` (a value passed around a scan or out of a
-            call), `unstack` and `stack` (slices in and out of a scan) and `merge` (the results of the branches of a cond).
+        name: the primitive's name, or one of the pseudo-operations `scan_carry` (a value passed around
+            a scan or out of it), `scan_in` and `scan_out` (slices in and out of a scan) and `cond_out` (the results of
+            the branches of a cond).
         ins: operands.
         outs: results.
         eqn: the equation, None for a pseudo-operation.
@@ -256,22 +257,22 @@ def _inline(
             first_x = num_consts + num_carry
             inner = args[:num_consts]
             inner += [
-                emit("carry", [a], v, at, deeper) for a, v in zip(args[num_consts:first_x], body.invars[num_consts:])
+                emit("scan_carry", [a], v, at, deeper) for a, v in zip(args[num_consts:first_x], body.invars[num_consts:])
             ]
-            inner += [emit("unstack", [a], v, at, deeper) for a, v in zip(args[first_x:], body.invars[first_x:])]
+            inner += [emit("scan_in", [a], v, at, deeper) for a, v in zip(args[first_x:], body.invars[first_x:])]
             results = _inline(ops, body, body_consts, inner, at, deeper, inside)
             # A carry that leaves one iteration is the carry that enters the next.
             outs = [
-                emit("carry", [r, entered], v, at, scans)
+                emit("scan_carry", [r, entered], v, at, scans)
                 for r, entered, v in zip(results[:num_carry], inner[num_consts:first_x], eqn.outvars)
             ]
-            outs += [emit("stack", [r], v, at, scans) for r, v in zip(results[num_carry:], eqn.outvars[num_carry:])]
+            outs += [emit("scan_out", [r], v, at, scans) for r, v in zip(results[num_carry:], eqn.outvars[num_carry:])]
         elif name == "cond":
             branches = [
                 _inline(ops, *open_jaxpr(branch), args[1:], (*at, b), scans, (*inside, "cond"))
                 for b, branch in enumerate(eqn.params["branches"])
             ]
-            outs = [emit("merge", results, v, at, scans) for *results, v in zip(*branches, eqn.outvars)]
+            outs = [emit("cond_out", results, v, at, scans) for *results, v in zip(*branches, eqn.outvars)]
         else:
             outs = [Value(v.aval.shape, getattr(v.aval, "dtype", None)) for v in eqn.outvars]
             ops.append(Op(name, tuple(args), tuple(outs), eqn, at, scans, inside))

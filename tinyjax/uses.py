@@ -76,14 +76,14 @@ class Wiring:
         self.steps: dict[Value, frozenset[Scan]] = {}
         for op in graph.ops:
             changing = frozenset[Scan]().union(*(self.steps.get(v, frozenset()) for v in op.ins))
-            if op.name in ("unstack", "carry") and op.scans:
+            if op.name in ("scan_in", "scan_carry") and op.scans:
                 changing |= {op.scans[-1]}
             self.steps.update(dict.fromkeys(op.outs, changing.intersection(op.scans)))
             for v in op.ins:
                 self.used_by.setdefault(v, []).append(op)
             if op.ins and op.ins[0] in self.views and is_view(op):
                 leaf, depth = self.views[op.ins[0]]
-                self.views[op.outs[0]] = View(leaf, depth + (op.name == "unstack"))
+                self.views[op.outs[0]] = View(leaf, depth + (op.name == "scan_in"))
 
     def vector(self, value: Value) -> tuple[View, Value] | None:
         """The view that a value broadcasts, and the value that is this view."""
@@ -210,7 +210,7 @@ def _bias(
     value = op.outs[0]
     while len(users := wiring.used_by.get(value, [])) == 1:
         (user,) = users
-        if is_view(user) and user.name != "unstack":
+        if is_view(user) and user.name != "scan_in":
             value = user.outs[0]
             continue
         if user.name not in ("add", "add_any") or user.ins[0] is user.ins[1]:
