@@ -126,7 +126,7 @@ class _Finder:
         """All hidden dimensions, in the order of their first product."""
         dimensions = [d for d in self.leaves if self._is_hidden(d)]
         judged = [self._judge(d) for d in sorted(dimensions, key=self._first_op)]
-        return self._named(judged) + self._unseen(dimensions)
+        return self._named([*judged, *self._single()]) + self._unseen(dimensions)
 
     def _is_hidden(self, dimension: Atom) -> bool:
         produced, consumed = dimension in self.producing, dimension in self.consuming
@@ -140,11 +140,26 @@ class _Finder:
 
     def _feeds(self, producer: Use) -> bool:
         """Whether anything computed from a product enters another product: then it is no output of the model."""
+        return bool(self._fed(producer))
+
+    def _fed(self, producer: Use) -> list[Use]:
         reached = set(producer.op.outs)
         for op in self.graph.ops:
             if any(v in reached for v in op.ins):
                 reached.update(op.outs)
-        return any(use.input_value in reached for use in self.uses)
+        return [use for use in self.uses if use.input_value in reached]
+
+    def _single(self) -> list[tuple[Site, tuple[Path, ...]]]:
+        """Hidden dimensions of one slot: an axis of length one cannot be told from the axes that broadcasting makes."""
+        found = {}
+        for producer in self.uses:
+            kept, _ = kernel_atoms(self.axes, producer)
+            readers = [] if kept else [u for u in self._fed(producer) if not kernel_atoms(self.axes, u)[1]]
+            if readers and len(self.graph.params[self.names.index(producer.leaf)].shape) > 1:
+                why = "it has a single slot, and an axis of length one has no identity; trace with at least two slots"
+                kernels = (Kernel(producer.kernel),), (Kernel(readers[0].kernel),)
+                found.setdefault(producer.leaf, (Site("", 1, False, why, (), *kernels), ()))
+        return list(found.values())
 
     def _first_op(self, dimension: Atom) -> int:
         uses = self.producing.get(dimension, []) + self.consuming.get(dimension, [])
