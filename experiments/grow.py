@@ -37,6 +37,7 @@ from rich.table import Table
 import tinyjax
 from tinyjax import data, methods, plot
 from tinyjax.models import MLP
+from tinyjax.site import resized
 
 METHODS = {name: getattr(methods, name) for name in ("tiny0", "random0", "tiny", "tiny_unprojected", "tiny_joint")}
 EPOCHS = {"digits": 40, "mnist5k": 20}
@@ -52,6 +53,7 @@ class Setup(NamedTuple):
     loss_fn: Callable[..., jax.Array]
     sites: tinyjax.Sites
     init: Callable[[jax.Array], Any]
+    init_small: Callable[[jax.Array], Any]
     optimizer: optax.GradientTransformation
     train: Callable[..., Any]
     accuracy: Callable[[Any, data.Batch], jax.Array]
@@ -95,6 +97,13 @@ def prepare(config: argparse.Namespace) -> Setup:
     def init(key: jax.Array) -> Any:
         return model.init(key, splits["train"].image[:1])
 
+    def init_small(key: jax.Array) -> Any:
+        """A network of the starting widths, initialised as such, then given room."""
+        small = MLP(widths=(config.start,) * len(config.widths), num_classes=dataset.num_classes)
+        params = small.init(key, splits["train"].image[:1])
+        own_sites = resized(sites, dict.fromkeys(sites.names, config.start))
+        return tinyjax.resize(params, own_sites, {site.name: site.capacity for site in sites})[0]
+
     params = jax.eval_shape(init, jax.random.key(0))
     sites = tinyjax.find_sites(loss_fn, params, splits["train"]).growable
     optimizer = tinyjax.with_birth(optax.adam(config.learning_rate))
@@ -102,7 +111,19 @@ def prepare(config: argparse.Namespace) -> Setup:
     final = {site.name: site.capacity for site in sites}
     schedule = tinyjax.early(steps, events=config.growths, final=final)
     train = jax.jit(tinyjax.train_step(loss_fn, optimizer), donate_argnums=(0, 1))
-    return Setup(config, splits, loss_fn, sites, init, optimizer, train, jax.jit(accuracy), schedule, steps)
+    return Setup(
+        config,
+        splits,
+        loss_fn,
+        sites,
+        jax.jit(init),
+        jax.jit(init_small),
+        optimizer,
+        train,
+        jax.jit(accuracy),
+        schedule,
+        steps,
+    )
 
 
 def largest_growth(setup: Setup) -> int:
@@ -138,10 +159,8 @@ def run(setup: Setup, name: str, grow: Callable[..., Any] | None, seed: int, *, 
     """Trains once; `grow` is called when the schedule of the growing network says so."""
     began, compiles = time.perf_counter(), COMPILES[0]
     config, key = setup.config, jax.random.key(seed)
-    params = setup.init(key)
+    params = setup.init(key) if fixed else setup.init_small(key)
     widths = {site.name: config.start for site in setup.sites}
-    if not fixed:
-        params = tinyjax.thin(params, setup.sites, widths)
     opt_state = setup.optimizer.init(params)
     records = [record(setup, name, seed, 0, params)]
     for step, batch in enumerate(train_batches(setup, seed)):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.oracles import make_samples, record
 from tinyjax.methods import is_function_preserving, is_stochastic, random0, tiny
-from tinyjax.scaling import fixed, line_search, normalize, normalized, searches, twin_search
+from tinyjax.scaling import fixed, line_search, normalize, normalized, searches, trusted_search, twin_search
 
 double = functools.partial(line_search, dtype=jnp.float64)
 
@@ -120,3 +120,10 @@ def test_normalized_is_a_method_with_the_traits_of_the_method():
     assert not is_function_preserving(normalized(tiny, alpha=1.0))
     neurons = method(record(make_samples()), num_neurons=4)
     np.testing.assert_allclose(np.mean(np.linalg.norm(neurons.alpha, axis=0) ** 2), 1, rtol=1e-12)
+
+
+def test_no_amplitude_beyond_the_maximum():
+    found = jax.jit(lambda: line_search(lambda g: -g, dtype=jnp.float64, bracket=(1e-3, 1.0), maximum=1.0))()
+    assert found.amplitude == 1.0
+    assert trusted_search(lambda g: (g - 0.3) ** 2, dtype=jnp.float64).amplitude < 0.5
+    assert trusted_search(lambda g: (g - 300.0) ** 2, dtype=jnp.float64).amplitude == 1.0

@@ -34,6 +34,7 @@ from tinyjax.scaling import fixed as fixed
 from tinyjax.scaling import line_search as line_search
 from tinyjax.scaling import normalize as normalize
 from tinyjax.scaling import normalized as normalized
+from tinyjax.scaling import trusted_search as trusted_search
 from tinyjax.scaling import twin_search as twin_search
 from tinyjax.schedule import Schedule as Schedule
 from tinyjax.schedule import budget as budget

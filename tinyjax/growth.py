@@ -19,7 +19,7 @@ from tinyjax.info import GrowthInfo, check
 from tinyjax.layout import Params
 from tinyjax.methods import Method, best_update, held_out_update, is_function_preserving, random0, tiny0
 from tinyjax.optimizer import reset_grown
-from tinyjax.scaling import fixed, line_search, searches
+from tinyjax.scaling import fixed, line_search, searches, trusted_search
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.slots import require_growable
 from tinyjax.statistics import Statistics
@@ -37,7 +37,7 @@ def make_grow_step(
     method: Method = tiny0,
     update: Update | None = held_out_best_update,
     amplitude: Amplitude | None = None,
-    update_amplitude: Amplitude = line_search,
+    update_amplitude: Amplitude = trusted_search,
     fill: Method | None = random0,
     optimizer: Any = None,
     trainable: Trainable = everything,
@@ -60,7 +60,7 @@ def make_grow_step(
         method: from statistics to neurons.
         update: from statistics to the update of the consumer's existing weights; None for none.
         amplitude: of the neurons; default `line_search`, or 1 for a method that keeps the function.
-        update_amplitude: of the update.
+        update_amplitude: of the update; by default searched for up to 1.
         fill: a method that keeps the function, for the slots left empty; None leaves them empty.
         optimizer: an Optax optimizer whose state travels along; newborn slots start afresh (wrap it in `with_birth`).
         trainable: the part of the parameters that the optimizer sees.
