@@ -20,7 +20,7 @@ from tinyjax.layout import Params, named_leaves, replace_leaves
 from tinyjax.schedule import Schedule
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import find_sites
-from tinyjax.slots import width
+from tinyjax.slots import per_site, require_names, width
 from tinyjax.surgery import Trainable, everything, multiple_of, resize
 from tinyjax.surgery.capacity import Policy
 from tinyjax.surgery.trained import trained_names
@@ -136,7 +136,8 @@ def fit(
         A `Record` a step.
 
     Raises:
-        ValueError: as `find_sites`, `make_grow_step` and `check`.
+        ValueError: no batch; a schedule that names an unknown site or asks for more than `num_neurons`; and as
+            `find_sites`, `make_grow_step` and `check`.
 
     Example:
         >>> optimizer = tinyjax.with_birth(optax.adam(1e-3))
@@ -145,10 +146,12 @@ def fit(
         ...     print(record.step, record.loss, record.width)
     """
     stream = _Stream(batches)
-    found = find_sites(loss_fn, params, stream.peek(1), has_aux=has_aux).growable if sites is None else as_sites(sites)
+    first = stream.peek(1)
+    found = find_sites(loss_fn, params, first, has_aux=has_aux).growable if sites is None else as_sites(sites)
+    most = per_site(found, num_neurons)
     policy = multiple_of(8) if policy is None and make_loss is not None else policy
-    options = dict(num_neurons=num_neurons, optimizer=optimizer, trainable=trainable, has_aux=has_aux) | growth
-    compiled = _Compiled(loss_fn, found, optimizer, options)
+    options = dict(optimizer=optimizer, trainable=trainable, has_aux=has_aux) | growth
+    compiled = _Compiled(loss_fn, found, most, options)
     opt_state = optimizer.init(trainable(params))
     widths = _widths(params, found)
     history: list[GrowthInfo] = []
@@ -158,6 +161,7 @@ def fit(
         info = None
         wanted = {name: k for name, k in schedule(step, widths, history).items() if k > 0}
         if wanted:
+            _check_wanted(wanted, found, most)
             needed = {name: w + wanted.get(name, 0) for name, w in widths.items()}
             if policy is not None and any(needed[site.name] > site.capacity for site in found):
                 capacities = policy(needed, final)
@@ -165,7 +169,7 @@ def fit(
                     params, found, capacities, optimizer=optimizer, opt_state=opt_state, trainable=trainable
                 )
                 loss_fn = loss_fn if make_loss is None else make_loss(capacities)
-                compiled = _Compiled(loss_fn, found, optimizer, options)
+                compiled = _Compiled(loss_fn, found, most, options)
             fits = {site.name: min(wanted.get(site.name, 0), site.capacity - widths[site.name]) for site in found}
             if any(fits.values()):
                 batch = stream.peek(growth_samples)
@@ -179,14 +183,24 @@ def fit(
         yield Record(step + 1, loss, info, dict(widths), params, opt_state, found, loss_fn)
 
 
+def _check_wanted(wanted: Mapping[str, int], sites: Sites, most: Mapping[str, int]) -> None:
+    require_names(sites, wanted)
+    for name, k in wanted.items():
+        if k > most[name]:
+            raise ValueError(
+                f"the schedule asks for {k} neurons at site `{name}` at once, more than `num_neurons`, {most[name]}"
+            )
+
+
 class _Compiled:
     """The two programs of a capacity."""
 
-    def __init__(self, loss_fn: LossFn, sites: Sites, optimizer: optax.GradientTransformation, options: dict[str, Any]):
-        self.grow = jax.jit(make_grow_step(loss_fn, sites, **options))
-        self.train = jax.jit(
-            train_step(loss_fn, optimizer, trainable=options["trainable"], has_aux=options["has_aux"])
-        )
+    def __init__(self, loss_fn: LossFn, sites: Sites, most: Mapping[str, int], options: dict[str, Any]):
+        # A growth never adds more than a site has slots; a network that starts without room is resized first.
+        counts = {name: min(k, sites[name].capacity) for name, k in most.items()}
+        self.grow = jax.jit(make_grow_step(loss_fn, sites, num_neurons=counts, **options))
+        of_train = {name: options[name] for name in ("optimizer", "trainable", "has_aux")}
+        self.train = jax.jit(train_step(loss_fn, **of_train))
 
 
 class _Stream:
