@@ -13,6 +13,7 @@ from tinyjax.atoms import Atom, Axis, parts, root
 from tinyjax.axes import Axes, contraction
 from tinyjax.layout import Layout
 from tinyjax.trace import MATMULS, VIEWS, Graph, Op, Scan, Value
+from tinyjax.window import Window
 
 
 @dataclasses.dataclass(eq=False, frozen=True)
@@ -26,6 +27,9 @@ class Use:
         inputs: the other operand, rows = everything but the contracted axes, cols = contracted, in the kernel's order.
         outputs: the result, rows = those of `inputs` in the same order, cols = the kernel's.
         rows: for each row factor of `inputs` and `outputs` its atom, None for a scan around the operation.
+        input_atoms: for every factor of `inputs` its atom, None for a scan or an axis of length one.
+        output_atoms: the same for `outputs`.
+        window: geometry of a convolution, None for a matrix product.
         bias: layout of the vector that is added to the product, or None.
         biased: the value after that addition (the product itself without bias).
         trouble: why the product cannot be read as a plain matrix product, or "".
@@ -37,6 +41,9 @@ class Use:
     inputs: Layout
     outputs: Layout
     rows: tuple[Atom | None, ...]
+    input_atoms: tuple[Atom | None, ...]
+    output_atoms: tuple[Atom | None, ...]
+    window: Window | None
     bias: Layout | None
     biased: Value
     trouble: str
@@ -155,52 +162,110 @@ def leaf_layout(axes: Axes, leaf: Value, name: str, depth: int, rows: Axis = (),
 def _use(graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...], op: Op, k: int) -> Use:
     leaf, depth = wiring.views[op.ins[k]]
     trouble = f"`{names[leaf]}` is used inside `{op.inside[-1]}`, which cannot be probed" if op.inside else ""
-    if op.name != "dot_general":
-        trouble = trouble or "it meets a convolution"
-        empty = Layout(names[leaf], (), ())
-        return Use(op, k, empty, empty, empty, (), None, op.outs[0], trouble)
-    sides = contraction(op)
-    if sides.batched[k]:
-        trouble = trouble or f"`{names[leaf]}` is a batch of kernels (one for each entry of another axis)"
-    kernel_axes, input_axes = axes[op.ins[k]], axes[op.ins[1 - k]]
-    row_atoms = tuple(a for d in sides.contracted[k] for a in parts(kernel_axes[d]))
-    col_atoms = tuple(a for d in sides.free[k] for a in parts(kernel_axes[d]))
+    sides = _sides(op, k)
+    trouble = trouble or sides.trouble.format(leaf=names[leaf])
+    kernel_axes = axes[op.ins[k]]
+    row_atoms = tuple(a for d in sides.kernel_rows for a in parts(kernel_axes[d]))
+    col_atoms = tuple(a for d in sides.kernel_cols for a in parts(kernel_axes[d]))
     stacked = depth > 0
     kernel = leaf_layout(axes, graph.params[leaf], names[leaf], depth, row_atoms, col_atoms)
     if kernel is None or (stacked and depth != len(op.stack)):
         trouble = trouble or f"`{names[leaf]}` is sliced in a way that cannot be followed"
         kernel = kernel or Layout(names[leaf], (), ())
-    inputs, rows = _array_layout(f"input of {names[leaf]}", op, stacked, input_axes, sides.contracted[1 - k])
-    out_axes = axes[op.outs[0]]
-    first = len(out_axes) - len(sides.free[k]) if k == 1 else len(sides.batched[k])
-    kept = range(first, first + len(sides.free[k]))
-    outputs, _ = _array_layout(f"output of {names[leaf]}", op, stacked, out_axes, kept)
+    inputs, input_atoms = _array_layout(
+        f"input of {names[leaf]}", op, stacked, axes[op.ins[1 - k]], sides.input_rows, sides.input_cols
+    )
+    outputs, output_atoms = _array_layout(
+        f"output of {names[leaf]}", op, stacked, axes[op.outs[0]], sides.output_rows, sides.output_cols
+    )
+    rows = tuple(input_atoms[f] for f in inputs.rows)
     bias, biased = _bias(graph, axes, wiring, names, op, k, col_atoms, depth)
-    return Use(op, k, kernel, inputs, outputs, rows, bias, biased, trouble)
+    return Use(
+        op, k, kernel, inputs, outputs, rows, input_atoms, output_atoms, sides.window, bias, biased, trouble
+    )
+
+
+class _Sides(NamedTuple):
+    """Which axes of the kernel, of the other operand and of the result are rows and columns, in matching order."""
+
+    kernel_rows: tuple[int, ...]
+    kernel_cols: tuple[int, ...]
+    input_rows: tuple[int, ...]
+    input_cols: tuple[int, ...]
+    output_rows: tuple[int, ...]
+    output_cols: tuple[int, ...]
+    window: Window | None
+    trouble: str
+
+
+def _sides(op: Op, k: int) -> _Sides:
+    if op.name == "conv_general_dilated":
+        return _convolution_sides(op, k)
+    sides = contraction(op)
+    rank = len(op.outs[0].shape)
+    first = rank - len(sides.free[k]) if k == 1 else len(sides.batched[k])
+    output_cols = tuple(range(first, first + len(sides.free[k])))
+    return _Sides(
+        kernel_rows=sides.contracted[k],
+        kernel_cols=sides.free[k],
+        input_rows=tuple(d for d in range(len(op.ins[1 - k].shape)) if d not in sides.contracted[1 - k]),
+        input_cols=sides.contracted[1 - k],
+        output_rows=tuple(d for d in range(rank) if d not in output_cols),
+        output_cols=output_cols,
+        window=None,
+        trouble="`{leaf}` is a batch of kernels (one for each entry of another axis)" if sides.batched[k] else "",
+    )
+
+
+def _convolution_sides(op: Op, k: int) -> _Sides:
+    """Rows of the kernel are (*window, input features): the order of a patch."""
+    params, numbers = op.params, op.params["dimension_numbers"]
+    batch, features, *space = numbers.lhs_spec
+    kernel_out, kernel_in, *kernel_space = numbers.rhs_spec
+    out_batch, out_features, *out_space = numbers.out_spec
+    trouble = ""
+    if k != 1:
+        trouble = "`{leaf}` is the image of a convolution, not its kernel"
+    elif any(d != 1 for d in params["lhs_dilation"]):
+        trouble = "`{leaf}` is the kernel of a transposed convolution"
+    window = Window(
+        size=tuple(op.ins[1].shape[d] for d in kernel_space),
+        strides=tuple(params["window_strides"]),
+        padding=tuple((int(low), int(high)) for low, high in params["padding"]),
+        dilation=tuple(params["rhs_dilation"]),
+    )
+    return _Sides(
+        (*kernel_space, kernel_in), (kernel_out,), (batch, *space), (features,), (out_batch, *out_space),
+        (out_features,), window, trouble,
+    )  # fmt: skip
 
 
 def _array_layout(
-    name: str, op: Op, stacked: bool, tensor: list[Axis], cols: Sequence[int]
+    name: str, op: Op, stacked: bool, tensor: list[Axis], rows: Sequence[int], cols: Sequence[int]
 ) -> tuple[Layout, tuple[Atom | None, ...]]:
-    """A captured array as a matrix, and the atom of each of its row factors.
+    """A captured array as a matrix, and the atom of each of its factors.
 
     A recorded array carries the scans around the operation in front. They are layers of a stack where the kernel is
     sliced by them (`stacked`), rows otherwise.
     """
-    sizes, numbers = list(op.stack), list(range(len(op.stack)))
-    rows: list[tuple[int, Atom | None]] = [] if stacked else [(f, None) for f in numbers]
+    scans = list(range(len(op.stack)))
+    sizes, numbers, atoms = list(op.stack), list(scans), [None] * len(scans)
     factors_of: dict[int, list[int]] = {}
     for d, axis in enumerate(tensor):
         found: list[Atom | None] = [*parts(axis)] or [None]
         factors_of[d] = list(range(len(sizes), len(sizes) + len(found)))
-        if d not in cols:
-            rows += zip(factors_of[d], found)
         sizes += [1 if a is None else a.size for a in found]
-        numbers += [len(op.stack) + d] * len(found)
-    stack = tuple(range(len(op.stack))) if stacked else ()
-    col_factors = tuple(f for d in cols for f in factors_of[d])
-    layout = Layout(name, tuple(sizes), tuple(numbers), None, stack, tuple(f for f, _ in rows), col_factors)
-    return layout, tuple(a for _, a in rows)
+        numbers += [len(scans) + d] * len(found)
+        atoms += found
+    layout = Layout(
+        name,
+        tuple(sizes),
+        tuple(numbers),
+        stack=tuple(scans) if stacked else (),
+        rows=(*([] if stacked else scans), *(f for d in rows for f in factors_of[d])),
+        cols=tuple(f for d in cols for f in factors_of[d]),
+    )
+    return layout, tuple(atoms)
 
 
 def _bias(

@@ -1,0 +1,199 @@
+"""How a producer and its consumers are laid over images: windows, poolings, and the order of their pixels.
+
+A pair of plain matrix products works row by row. As soon as a convolution, a pooling or a flatten is involved, the rows
+of the consumer are other pixels than those of the producer; a `Geometry` says which, and the uses of a path are brought
+into the layout `(samples, *pixels, channels)` that `patches` works on.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tinyjax.atoms import Atom, root, roots
+from tinyjax.axes import REDUCTIONS, Axes
+from tinyjax.layout import Layout
+from tinyjax.trace import Op
+from tinyjax.uses import Use
+from tinyjax.window import Window, out_shape
+
+
+class Geometry(NamedTuple):
+    """The windows of a path, over images of `space` pixels.
+
+    Attributes:
+        producer: window of the producer.
+        consumer: window of the consumers.
+        between: windows of the poolings between the two, in order.
+        space: pixels of the producer's input.
+        hidden: pixels of the consumers' input.
+        out: pixels of the consumers' output.
+    """
+
+    producer: Window
+    consumer: Window
+    between: tuple[Window, ...]
+    space: tuple[int, ...]
+    hidden: tuple[int, ...]
+    out: tuple[int, ...]
+
+
+class _Pixels(NamedTuple):
+    """The spatial axes of a tensor: their lengths, and the dimensions each is made of (none for length one)."""
+
+    shape: tuple[int, ...]
+    dimensions: tuple[tuple[Atom, ...], ...]
+
+
+class Unaligned(ValueError):
+    """A path whose pixels cannot be brought together; the message says why."""
+
+
+def whole(shape: tuple[int, ...]) -> Window:
+    """The window that reads a whole image at once."""
+    rank = len(shape)
+    return Window(shape, (1,) * rank, ((0, 0),) * rank, (1,) * rank)
+
+
+def pixelwise(rank: int) -> Window:
+    """The window that reads one pixel."""
+    return whole((1,) * rank)
+
+
+def is_rowwise(producer: Use, consumers: Sequence[Use], pools: Sequence[Op]) -> bool:
+    """Whether a path is made of plain matrix products that work on the same rows."""
+    if producer.window is not None or pools or any(c.window is not None for c in consumers):
+        return False
+    wanted = {root(a) for a in producer.rows if a is not None}
+    return all({root(a) for a in c.rows if a is not None} == wanted for c in consumers)
+
+
+def lay_out(
+    axes: Axes, producer: Use, consumers: Sequence[Use], pools: Sequence[Op], slots: Atom
+) -> tuple[Geometry, Use, tuple[Use, ...]]:
+    """The geometry of a path, and its uses with rows `(samples, *pixels)`.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    samples = root(axes.samples)
+    if producer.op.stack or any(c.op.stack for c in consumers):
+        raise Unaligned("a convolution, a pooling or a flatten inside a scan")
+    pixels, space, window, producer = _producer_pixels(axes, producer, samples)
+    between = []
+    for pool in pools:
+        pixels, pool_window = _pool(axes, pool, pixels, slots)
+        between.append(pool_window)
+    read = [_consumer_pixels(axes, c, pixels, samples, slots) for c in consumers]
+    windows = {w for w, _ in read}
+    if len(windows) > 1:
+        raise Unaligned("its consumers read it through different windows")
+    (consumer_window,) = windows
+    geometry = Geometry(
+        window, consumer_window, tuple(between), space, pixels.shape, out_shape(pixels.shape, consumer_window)
+    )
+    return geometry, producer, tuple(use for _, use in read)
+
+
+def _producer_pixels(axes: Axes, use: Use, samples: Atom) -> tuple[_Pixels, tuple[int, ...], Window, Use]:
+    """Pixels of the producer's output and of its input, its window, and the use in order."""
+    if use.window is None:
+        own = [a for a in use.rows if a is not None and root(a) is not samples]
+        pixels = _Pixels(tuple(a.size for a in own), tuple((root(a),) for a in own))
+        order = [samples, *(root(a) for a in own)]
+        return pixels, pixels.shape, pixelwise(len(own)), _with_rows(use, order)
+    _check_batch(axes, use, samples)
+    _, _, *space = use.op.params["dimension_numbers"].lhs_spec
+    _, _, *out_space = use.op.params["dimension_numbers"].out_spec
+    (image, _), (out,) = use.op.ins, use.op.outs
+    pixels = _Pixels(
+        tuple(out.shape[d] for d in out_space), tuple(tuple(roots(axes[out][d])) for d in out_space)
+    )
+    return pixels, tuple(image.shape[d] for d in space), use.window, use
+
+
+def _pool(axes: Axes, op: Op, pixels: _Pixels, slots: Atom) -> tuple[_Pixels, Window]:
+    """The pixels after a pooling or a reduction over pixels, and its window."""
+    rank = len(pixels.shape)
+    (value, out), names = (op.ins[0], op.outs[0]), [tuple(roots(axis)) for axis in axes[op.ins[0]]]
+    axis_of = {p: names.index(d) for p, d in enumerate(pixels.dimensions) if d and d in names}
+    if op.name in REDUCTIONS:
+        reduced = set(op.params["axes"])
+        if not reduced <= set(axis_of.values()) | {d for d, n in enumerate(value.shape) if n == 1}:
+            raise Unaligned(f"`{op.name}` is taken over more than the pixels between producer and consumer")
+        size = tuple(n if axis_of.get(p) in reduced else 1 for p, n in enumerate(pixels.shape))
+        window = whole(size)
+        dimensions = tuple(() if axis_of.get(p) in reduced else d for p, d in enumerate(pixels.dimensions))
+        return _Pixels(out_shape(pixels.shape, window), dimensions), window
+    params = op.params
+    dilated = any(d != 1 for d in (*params["base_dilation"], *params["window_dilation"]))
+    others = set(range(len(value.shape))) - set(axis_of.values())
+    if dilated or any(params["window_dimensions"][d] != 1 or params["window_strides"][d] != 1 for d in others):
+        raise Unaligned(f"`{op.name}` with dilation, or over more than the pixels")
+
+    def along(name: str, default: object) -> tuple:
+        return tuple(params[name][axis_of[p]] if p in axis_of else default for p in range(rank))
+
+    window = Window(along("window_dimensions", 1), along("window_strides", 1), along("padding", (0, 0)), (1,) * rank)
+    dimensions = tuple(tuple(roots(axes[out][axis_of[p]])) if p in axis_of else () for p in range(rank))
+    return _Pixels(out_shape(pixels.shape, window), dimensions), window
+
+
+def _consumer_pixels(axes: Axes, use: Use, pixels: _Pixels, samples: Atom, slots: Atom) -> tuple[Window, Use]:
+    """The window through which a consumer reads these pixels, and the use in order."""
+    flat = [d for dimensions in pixels.dimensions for d in dimensions]
+    if use.window is not None:
+        _check_batch(axes, use, samples)
+        _, _, *space = use.op.params["dimension_numbers"].lhs_spec
+        read = tuple(tuple(roots(axes[use.op.ins[0]][d])) for d in space)
+        if read != pixels.dimensions:
+            raise Unaligned(f"`{use.leaf}` reads other pixels than were written")
+        return use.window, use
+    rows = [root(a) for a in use.rows if a is not None]
+    contracted = [root(a) for f, a in enumerate(use.input_atoms) if f in use.inputs.cols and a is not None]
+    if len(set(rows)) != len(rows) or len(set(contracted)) != len(contracted):
+        raise Unaligned(f"`{use.leaf}` reads rows that cannot be told apart")
+    order = [samples, *flat]
+    if set(rows) == set(order) and contracted == [slots]:
+        return pixelwise(len(pixels.shape)), _with_rows(use, order)
+    if rows == [samples] and set(contracted) == {slots, *flat}:
+        return whole(pixels.shape), _flattened(use, order, slots)
+    raise Unaligned(f"`{use.leaf}` reads a part of the pixels as rows and a part as inputs")
+
+
+def _check_batch(axes: Axes, use: Use, samples: Atom) -> None:
+    batch = use.op.params["dimension_numbers"].lhs_spec[0]
+    if roots(axes[use.op.ins[0]][batch]) != [samples]:
+        raise Unaligned(f"the convolution `{use.leaf}` does not have the samples as its batch")
+
+
+def _with_rows(use: Use, order: Sequence[Atom]) -> Use:
+    """The use with the rows of input and output in the given order, axes of length one last."""
+    inputs = dataclasses.replace(use.inputs, rows=_ordered(use.inputs.rows, use.input_atoms, order))
+    outputs = dataclasses.replace(use.outputs, rows=_ordered(use.outputs.rows, use.output_atoms, order))
+    return dataclasses.replace(use, inputs=inputs, outputs=outputs)
+
+
+def _flattened(use: Use, order: Sequence[Atom], slots: Atom) -> Use:
+    """A consumer of flattened pixels, as one that reads the whole image: rows of the kernel are (*pixels, slots)."""
+    pixels = _ordered((*use.inputs.rows, *use.inputs.cols), use.input_atoms, [*order, slots])
+    column = next(f for f, a in enumerate(use.input_atoms) if a is not None and root(a) is slots)
+    inputs = dataclasses.replace(use.inputs, rows=tuple(f for f in pixels if f != column), cols=(column,))
+    # Rows of the kernel and columns of the input were paired in order: carry the new order over.
+    paired = dict(zip([f for f in use.inputs.cols if use.inputs.factors[f] > 1], _long(use.kernel)))
+    ones = tuple(f for f in use.kernel.rows if use.kernel.factors[f] == 1)
+    kernel_rows = tuple(paired[f] for f in (*inputs.rows, column) if f in paired)
+    return dataclasses.replace(use, inputs=inputs, kernel=dataclasses.replace(use.kernel, rows=(*ones, *kernel_rows)))
+
+
+def _long(kernel: Layout) -> list[int]:
+    return [f for f in kernel.rows if kernel.factors[f] > 1]
+
+
+def _ordered(factors: Sequence[int], atoms: Sequence[Atom | None], order: Sequence[Atom]) -> tuple[int, ...]:
+    position = {atom: i for i, atom in reversed(list(enumerate(order)))}
+
+    def rank(factor: int) -> int:
+        atom = atoms[factor]
+        return len(order) if atom is None else position[root(atom)]
+
+    return tuple(sorted(factors, key=rank))
