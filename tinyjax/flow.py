@@ -35,6 +35,12 @@ class Flow:
             (`ROW_BY_ROW`, the empty string, where they are).
         empty: what an empty slot holds there, where that is a known number.
         culprit: for a value at which an empty slot is not zero, the operation that made it so.
+        pools: for every value, the poolings and reductions over rows on the way to it, in order.
+        degree: for every value that scales with a power of the product, that power; statistics of a normalisation are
+            told by it (a mean has degree 1, a variance 2, a normalised value 0).
+        epsilon: the constants added to statistics of degree 2.
+        modulated: operations in which rows met a summary of themselves.
+        normalised: those of them that left degree 0.
         met: for every parameter leaf that met the flow slot by slot, the operations in which it did.
     """
 
@@ -43,6 +49,11 @@ class Flow:
         self.mixing: dict[Value, str] = {start: ROW_BY_ROW}
         self.empty: dict[Value, Any] = {start: _zero(start)}
         self.culprit: dict[Value, str] = {}
+        self.pools: dict[Value, tuple[Op, ...]] = {start: ()}
+        self.degree: dict[Value, float] = {start: 1.0}
+        self.epsilon: list[float] = []
+        self.modulated: list[Op] = []
+        self.normalised: list[Op] = []
         self.met: dict[int, list[Meeting]] = {}
         self._axes, self._wiring, self._slots = axes, wiring, slots
         # Steps of the scans around the producer are rows, unless its kernel has one layer for each.
@@ -58,8 +69,13 @@ class Flow:
         self._meet_parameters(op)
         why = self._mixed_by(op)
         value = self._empty_value(op)
+        pools = min((self.pools[v] for v in op.ins if v in self.pools), key=len)
+        degree = self._degree(op)
         for out in along:
             self.mixing[out] = why
+            self.pools[out] = (*pools, op) if _pools(op) else pools
+            if degree is not None:
+                self.degree[out] = degree
             if value is not None:
                 self.empty[out] = np.asarray(value).astype(out.dtype)
             self._blame(op, out)
@@ -72,14 +88,67 @@ class Flow:
         if op.name == "scan_carry":
             return "it is carried from one step of a scan to the next"
         if op.name in ELEMENTWISE or op.name == "broadcast_in_dim" or is_view(op) or op.name in ("scan_in", "scan_out"):
-            # One operand with the rows of the product is enough: statistics over rows may modulate it.
-            mixed = [r for r in reasons if r != ROW_BY_ROW and not r.startswith("its rows are summarised")]
+            mixed = [r for r in reasons if r != ROW_BY_ROW]
             if op.name not in _SUMS and not all(v in self.mixing or self._same_in_all_rows(v) for v in op.ins):
                 mixed.append(f"its rows are weighted one by one in `{op.name}` (a mask or a gate?)")
-            return mixed[0] if mixed else (ROW_BY_ROW if ROW_BY_ROW in reasons else reasons[0])
-        if op.name in REDUCTIONS:
-            return f"its rows are summarised by `{op.name}`"
+            return mixed[0] if mixed else self._modulated_by(op)
+        if _pools(op):
+            return reasons[0]
         return f"its rows are mixed by `{op.name}`"
+
+    def _modulated_by(self, op: Op) -> str:
+        """Statistics over rows may meet the rows they are of only to normalise them: shift and scale, degree 1 to 0."""
+        if len({len(self.pools[v]) for v in op.ins if v in self.pools}) < 2:
+            return ROW_BY_ROW
+        degree = self._degree(op)
+        self.modulated.append(op)
+        if op.name in ("mul", "div") and degree == 0:
+            self.normalised.append(op)
+        elif op.name != "sub" or degree != 1:
+            return f"its rows meet a summary of themselves in `{op.name}`"
+        return ROW_BY_ROW
+
+    def pools_met(self, op: Op) -> int:
+        """How often the operands of an operation that follow the flow have been summarised."""
+        return min(len(self.pools[v]) for v in op.ins if v in self.pools)
+
+    def degree_met(self, op: Op) -> float | None:
+        """Degree of the operand of an operation that follows the flow."""
+        return next((self.degree.get(v) for v in op.ins if v in self.mixing), None)
+
+    def _degree(self, op: Op) -> float | None:
+        """Of the result, where it is a power of the product."""
+        inside = [v for v in op.ins if v in self.mixing]
+        degrees = [self.degree.get(v) for v in inside]
+        first = degrees[0]
+        if first is None or any(d is None for d in degrees):
+            return None
+        if is_view(op) or op.name in ("broadcast_in_dim", "reduce_sum", "reduce_window_sum", "stop_gradient", "neg"):
+            return first
+        if op.name == "mul":
+            return sum(degrees)
+        if op.name == "div":
+            return first - degrees[1] if len(inside) == 2 else (first if op.ins[0] in inside else -first)
+        if op.name == "square":
+            return 2 * first
+        if op.name == "integer_pow":
+            return op.params["y"] * first
+        if op.name in ("sqrt", "rsqrt"):
+            return first / 2 if op.name == "sqrt" else -first / 2
+        if op.name in ("max", "clamp"):
+            return first if first == 2 and self.pools[inside[0]] else None
+        if op.name in _SUMS:
+            return self._degree_of_sum(op, inside, degrees)
+        return None
+
+    def _degree_of_sum(self, op: Op, inside: list[Value], degrees: list[float]) -> float | None:
+        if len(inside) == 2:
+            return degrees[0] if degrees[0] == degrees[1] else None
+        (other,) = [v for v in op.ins if v not in self.mixing] or [None]
+        constant = None if other is None else self._wiring.scalar(other)
+        if constant is not None and degrees[0] == 2 and self.pools[inside[0]]:
+            self.epsilon.append(float(constant))
+        return degrees[0]
 
     def _same_in_all_rows(self, value: Value) -> bool:
         """Whether an operand from outside treats all rows of the product alike (it may differ between slots)."""
@@ -102,9 +171,9 @@ class Flow:
             return known[1]
         if op.name in ("cond_out", "scan_carry") and all(k is not None for k in known) and len({float(k) for k in known}) == 1:
             return known[0]
-        if is_view(op) or op.name in ("broadcast_in_dim", "scan_in", "scan_out", "reduce_max", "reduce_min", "scan_carry"):
+        if is_view(op) or op.name in ("broadcast_in_dim", "scan_in", "scan_out", "reduce_max", "reduce_min", "scan_carry", "reduce_window_max"):
             return known[0]
-        if op.name == "reduce_sum":
+        if op.name in ("reduce_sum", "reduce_window_sum"):
             return 0 if known[0] is not None and known[0] == 0 else None
         if op.name in ELEMENTWISE and all(k is not None for k in known) and op.eqn is not None:
             with jax.ensure_compile_time_eval():
@@ -137,6 +206,11 @@ class Flow:
         if value is not None and value == 0:
             return
         self.culprit[out] = earlier[0] if earlier else op.name
+
+
+def _pools(op: Op) -> bool:
+    """Whether an operation summarises rows."""
+    return op.name in REDUCTIONS or op.name.startswith("reduce_window")
 
 
 def _zero(value: Value) -> Any:

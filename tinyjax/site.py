@@ -48,6 +48,25 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Norm:
+    """A batch normalisation between the producer and the activation, by the paths of its leaves.
+
+    Attributes:
+        scale: what the normalised channel is multiplied by.
+        shift: what is added then.
+        mean: the running mean, None without.
+        var: the running variance, None without.
+        epsilon: what is added to the variance.
+    """
+
+    scale: str
+    shift: str
+    mean: str | None
+    var: str | None
+    epsilon: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """A hidden dimension of a model.
 
@@ -63,6 +82,7 @@ class Site:
         producers: kernels whose output is the dimension.
         consumers: kernels that contract it.
         stack: lengths of the enclosing scans over layers, outermost first; () for an ordinary site.
+        norm: a batch normalisation on the way to the consumers, or None.
     """
 
     name: str
@@ -73,6 +93,7 @@ class Site:
     producers: tuple[Kernel, ...]
     consumers: tuple[Kernel, ...]
     stack: tuple[int, ...] = ()
+    norm: Norm | None = None
 
 
 class Sites(Sequence[Site]):

@@ -14,8 +14,10 @@ import numpy as np
 from tinyjax.atoms import Atom, parts, root
 from tinyjax.axes import BETWEEN_ACTIVATIONS, INPUT, Axes, contraction
 from tinyjax.flow import ROW_BY_ROW, Flow, entries
+from tinyjax.geometry import Geometry, Unaligned, is_rowwise, lay_out
 from tinyjax.layout import Layout, Params
-from tinyjax.site import Kernel, Member, Site, Sites
+from tinyjax.norms import find_norm, roles
+from tinyjax.site import Kernel, Member, Norm, Site, Sites
 from tinyjax.trace import VIEWS, Graph, Op, Trace, Value, flatten, trace
 from tinyjax.uses import Use, Wiring, find_uses, leaf_factors
 
@@ -49,10 +51,17 @@ def find_sites(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_a
 
 
 class Path(NamedTuple):
-    """One way through a site: a product that writes the dimension and the products that read it, aligned row by row."""
+    """One way through a site: a product that writes the dimension and the products that read it.
+
+    Attributes:
+        producer: the use that writes.
+        consumers: the uses that read, their rows in the order of the producer's.
+        geometry: how rows are pixels of images, or None where all of them are the same rows.
+    """
 
     producer: Use
     consumers: tuple[Use, ...]
+    geometry: Geometry | None = None
 
 
 class Discovery(NamedTuple):
@@ -169,10 +178,14 @@ class _Finder:
         producers, consumers = self.producing.get(dimension, []), self.consuming.get(dimension, [])
         reason = self._static_reason(dimension, producers, consumers)
         paths: tuple[Path, ...] = ()
-        roles: dict[int, str] = {}
+        found: dict[int, str] = {}
+        norm = None
         if not reason:
-            reason, paths, roles = self._paths(dimension, producers, consumers)
-        members = tuple(self._member(leaf, factor, dimension, roles) for leaf, factor in self.leaves[dimension])
+            reason, paths, found, norm = self._paths(dimension, producers, consumers)
+        if paths:
+            producers = [path.producer for path in paths]
+            consumers = [consumer for path in paths for consumer in path.consumers]
+        members = tuple(self._member(leaf, factor, dimension, found) for leaf, factor in self.leaves[dimension])
         stack = tuple(producers[0].kernel.factors[f] for f in producers[0].kernel.stack) if producers else ()
         site = Site(
             name="",
@@ -183,6 +196,7 @@ class _Finder:
             producers=self._kernels(producers, dimension),
             consumers=self._kernels(consumers, dimension),
             stack=stack,
+            norm=norm,
         )
         return site, paths
 
@@ -208,9 +222,6 @@ class _Finder:
         for use in producers:
             if len(use.kernel.cols) != 1:
                 return f"`{use.leaf}` produces it together with another axis (attention heads?)"
-        for use in consumers:
-            if sum(use.kernel.factors[f] > 1 for f in use.kernel.rows) != 1:
-                return f"`{use.leaf}` contracts it together with another axis (a flatten, or attention heads)"
         repeated = [leaf for leaf, _ in self.leaves[dimension]]
         twice = next((leaf for leaf in repeated if repeated.count(leaf) > 1), None)
         if twice is not None:
@@ -219,48 +230,64 @@ class _Finder:
 
     def _paths(
         self, dimension: Atom, producers: Sequence[Use], consumers: Sequence[Use]
-    ) -> tuple[str, tuple[Path, ...], dict[int, str]]:
+    ) -> tuple[str, tuple[Path, ...], dict[int, str], Norm | None]:
         """The aligned producer-consumer pairs, the roles of the vectors met on the way, or why there are none."""
-        paths, reached, roles = [], [], {}
+        paths, found, norms = [], {}, []
         kernels = (*producers, *consumers)
         accounted = {use.op for use in kernels}
         for producer in producers:
             flow = Flow(self.graph, self.axes, self.wiring, producer, dimension)
             mine = tuple(c for c in consumers if c.input_value in flow.mixing)
             if sorted(c.leaf for c in mine) != sorted({c.leaf for c in consumers}):
-                return "its consumers do not each read the output of one producer operation once", (), {}
-            reason = self._row_reason(producer, mine, flow)
+                return _refusal("its consumers do not each read the output of one producer operation once")
+            reason = self._row_reason(producer, mine, flow) or self._meeting_reason(flow, kernels)
             if reason:
-                return reason, (), {}
-            for leaf, meetings in flow.met.items():
-                if self.names[leaf] in {use.leaf for use in kernels}:
-                    return f"`{self.names[leaf]}` also enters the model through `{meetings[0].op.name}`", (), {}
-                if len(meetings) > 1:
-                    return f"`{self.names[leaf]}` acts on it more than once", (), {}
-                roles[leaf] = _role(*meetings[0])
-                accounted.add(meetings[0].op)
-            order = [self.axes.samples, *(a for a in producer.rows if a is not None)]
-            paths.append(Path(aligned(producer, order), tuple(aligned(c, order) for c in mine)))
-            reached += mine
-        if len(reached) != len(consumers) or len({id(c) for c in reached}) != len(reached):
-            return "its consumers do not each read the output of one producer operation", (), {}
+                return _refusal(reason)
+            found |= roles(flow)
+            accounted |= {meetings[0].op for meetings in flow.met.values()}
+            bias = None if producer.bias is None else producer.bias.leaf
+            norm, reason = find_norm(flow, self.wiring, self.axes, found, self.names, bias)
+            if reason:
+                return _refusal(reason)
+            norms.append(norm)
+            try:
+                paths.append(self._path(producer, mine, flow, dimension))
+            except Unaligned as unaligned:
+                return _refusal(str(unaligned))
+        reached = [id(c) for path in paths for c in path.consumers]
+        if len(reached) != len(consumers) or len(set(norms)) > 1:
+            return _refusal("its consumers do not each read the output of one producer operation")
+        known = ("shift", "scale") if norms[0] is None else ("shift", "scale", "mean", "var")
         for leaf, _ in self.leaves[dimension]:
             for op, _ in self.entries.get(leaf, ()):
                 if op not in accounted:
-                    return f"`{self.names[leaf]}` also enters the model through `{op.name}`", (), {}
-            kernel = self.names[leaf] in {u.leaf for u in (*producers, *consumers)}
-            if not kernel and roles.get(leaf) not in ("shift", "scale"):
-                return f"`{self.names[leaf]}` is neither a plain shift nor a plain scale (a normalisation?)", (), {}
-        return "", tuple(paths), roles
+                    return _refusal(f"`{self.names[leaf]}` also enters the model through `{op.name}`")
+            if self.names[leaf] not in {u.leaf for u in kernels} and found.get(leaf) not in known:
+                return _refusal(f"`{self.names[leaf]}` is neither a plain shift nor a plain scale (a normalisation?)")
+        return "", tuple(paths), found, norms[0]
+
+    def _path(self, producer: Use, consumers: tuple[Use, ...], flow: Flow, dimension: Atom) -> Path:
+        """The uses of a path with their rows in one order."""
+        pools = flow.pools[consumers[0].input_value]
+        if is_rowwise(producer, consumers, pools):
+            order = [self.axes.samples, *(a for a in producer.rows if a is not None)]
+            return Path(aligned(producer, order), tuple(aligned(c, order) for c in consumers))
+        geometry, producer, consumers = lay_out(self.axes, producer, consumers, pools, dimension)
+        return Path(producer, consumers, geometry)
+
+    def _meeting_reason(self, flow: Flow, kernels: Sequence[Use]) -> str:
+        """Why a leaf that the flow met makes the dimension other than a plain hidden layer."""
+        for leaf, meetings in flow.met.items():
+            if self.names[leaf] in {use.leaf for use in kernels}:
+                return f"`{self.names[leaf]}` also enters the model through `{meetings[0].op.name}`"
+            if len(meetings) > 1:
+                return f"`{self.names[leaf]}` acts on it more than once"
+        return ""
 
     def _row_reason(self, producer: Use, consumers: Sequence[Use], flow: Flow) -> str:
-        """Why the consumers do not read the producer's rows, slot by slot, with empty slots at zero."""
+        """Why the consumers do not read what the producer wrote, slot by slot, with empty slots at zero."""
         if len({self._tensor(c) for c in consumers}) > 1:
             return "its consumers read different tensors"
-        summaries = [w for w in flow.mixing.values() if w.startswith("its rows are summarised")]
-        if summaries:
-            return f"{summaries[0]} on the way to the consumer (a pooling or a normalisation over the batch)"
-        wanted = [root(a) for a in producer.rows if a is not None]
         for consumer in consumers:
             same_scans = producer.op.scans == consumer.op.scans
             if not same_scans or len(producer.kernel.stack) != len(consumer.kernel.stack):
@@ -268,8 +295,8 @@ class _Finder:
             if flow.mixing[consumer.input_value] != ROW_BY_ROW:
                 return flow.mixing[consumer.input_value]
             rows = [root(a) for a in consumer.rows if a is not None]
-            if len(set(rows)) != len(rows) or sorted(map(id, rows)) != sorted(map(id, wanted)):
-                return f"`{consumer.leaf}` reads it in other rows than `{producer.leaf}` writes"
+            if len(set(rows)) != len(rows):
+                return f"`{consumer.leaf}` reads rows that cannot be told apart"
             if root(self.axes.samples) not in rows:
                 return f"the input of `{consumer.leaf}` does not depend on the samples"
             culprit = flow.culprit.get(consumer.input_value)
@@ -288,7 +315,7 @@ class _Finder:
             value = op.ins[0]
         return value
 
-    def _member(self, leaf: int, factor: int, dimension: Atom, roles: dict[int, str]) -> Member:
+    def _member(self, leaf: int, factor: int, dimension: Atom, found: dict[int, str]) -> Member:
         _, sizes, numbers = self.factors[leaf]
         name = self.names[leaf]
         for uses, role in ((self.producing, "fan_in"), (self.consuming, "fan_out")):
@@ -297,7 +324,7 @@ class _Finder:
                     return Member(_with_slot(use.kernel, factor), role)
         stack = tuple(f for f, number in enumerate(numbers) if number < self._depth(leaf))
         rest = tuple(f for f in range(len(sizes)) if f not in (*stack, factor))
-        return Member(Layout(name, sizes, numbers, factor, stack, rest, (factor,)), roles.get(leaf, "other"))
+        return Member(Layout(name, sizes, numbers, factor, stack, rest, (factor,)), found.get(leaf, "other"))
 
     def _depth(self, leaf: int) -> int:
         return max(view.depth for view in self.wiring.views.values() if view.leaf == leaf)
@@ -380,13 +407,8 @@ def aligned(use: Use, order: Sequence[Atom]) -> Use:
     return dataclasses.replace(use, rows=rows, inputs=inputs, outputs=outputs)
 
 
-def _role(op: Op, through: frozenset[str]) -> str:
-    """What a vector does to a neuron, from the operation in which it meets it and those it came through."""
-    if through & {"rsqrt", "sqrt"}:
-        return "var"
-    if through - VIEWS - {"broadcast_in_dim"}:
-        return "other"
-    return {"add": "shift", "add_any": "shift", "sub": "shift", "mul": "scale", "div": "scale"}.get(op.name, "other")
+def _refusal(reason: str) -> tuple[str, tuple[Path, ...], dict[int, str], Norm | None]:
+    return reason, (), {}, None
 
 
 def _with_slot(layout: Layout, slot: int | None) -> Layout:

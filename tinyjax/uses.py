@@ -7,7 +7,7 @@ product through anything else than views is *obstructed*: no input or V_goal can
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tinyjax.atoms import Atom, Axis, parts, root
 from tinyjax.axes import Axes, contraction
@@ -91,6 +91,15 @@ class Wiring:
             if op.ins and op.ins[0] in self.views and is_view(op):
                 leaf, depth = self.views[op.ins[0]]
                 self.views[op.outs[0]] = View(leaf, depth + (op.name == "scan_in"))
+
+    def scalar(self, value: Value) -> Any:
+        """The number that a value broadcasts, or None."""
+        while value.const is None:
+            op = self.made_by.get(value)
+            if op is None or not (is_view(op) or op.name == "broadcast_in_dim"):
+                return None
+            value = op.ins[0]
+        return value.const
 
     def vector(self, value: Value) -> tuple[View, Value] | None:
         """The view that a value broadcasts, and the value that is this view."""
