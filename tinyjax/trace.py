@@ -61,7 +61,7 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
         raise ValueError(
             f"`loss_fn` must return one scalar, not {jax.tree.structure(loss)}; pass `has_aux=True` if it returns `(loss, aux)`"
         )
-    if loss.shape != () or not np.issubdtype(loss.dtype, np.floating):
+    if loss.shape != () or not jax.numpy.issubdtype(loss.dtype, np.floating):
         raise ValueError(
             f"`loss_fn` must return a real scalar, the mean over the samples; it returns {loss.dtype}{list(loss.shape)}"
         )
