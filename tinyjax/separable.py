@@ -58,7 +58,7 @@ def _numbers(graph: Graph, axes: Axes) -> Numbers:
     numbers: Numbers = {}
     constant: set[Value] = set()
     for op in graph.ops:
-        if all(v.kind == "const" or v in constant for v in op.ins):
+        if op.name != "scan_carry" and all(v.kind == "const" or v in constant for v in op.ins):
             constant.update(op.outs)
         if not any(_samples_in(v, axes) for v in op.outs):
             continue
