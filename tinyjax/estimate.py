@@ -4,6 +4,7 @@ All sites share one capture. A batch whose loss is a mean of per-sample terms is
 memory does not grow with the batch; sums are formed inside the jit, no activation outlives its chunk.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.capture import Captured, capture
-from tinyjax.layout import Params
+from tinyjax.layout import Layout, Params
+from tinyjax.patches import LINK_LIMIT, Sums, conv_sums
 from tinyjax.separable import coupling
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import Discovery, Path, discover
@@ -20,6 +22,7 @@ from tinyjax.slots import consumers_have_bias, matrices, require_growable, width
 from tinyjax.statistics import Statistics, keep_half, merge
 from tinyjax.trace import Trace, batch_size, has_samples, trace
 from tinyjax.uses import Use
+from tinyjax.window import num_offsets
 
 DEFAULT_CHUNK = 1024
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -98,6 +101,8 @@ def estimate(
         found = estimate_batch(
             loss_fn, params, one, sites, has_aux=has_aux, energy_matrix=energy_matrix, chunk=chunk
         ).statistics
+        if total and any(s.link is None for s in found.values()):
+            raise ValueError("a site is too wide for statistics of several batches to be merged: pass one batch")
         total = {name: merge(total[name], s) if total else s for name, s in found.items()}
     if not total:
         raise ValueError("the iterator of batches is empty" if isinstance(batch, Iterator) else "`sites` is empty")
@@ -126,13 +131,27 @@ def estimate_batch(
     if size < num_samples:
         traced = trace(loss_fn, params, _take(batch, 0, size), has_aux=has_aux)
         discovery = discover(traced)
-        why = coupling(discovery.graph, discovery.axes)
+        coupled = coupling(discovery.graph, discovery.axes)
+        why = f"this loss couples the samples of a batch ({coupled})" if coupled else _too_wide(discovery, sites)
         if not why:
             return _scan(step, traced, discovery, params, batch, num_samples, size)
         if chunk is not None:
-            raise ValueError(f"this loss couples the samples of a batch ({why}): leave `chunk` out")
+            raise ValueError(f"{why}: leave `chunk` out")
     traced = trace(loss_fn, params, batch, has_aux=has_aux)
     return step(traced, discover(traced), params, batch)
+
+
+def _too_wide(discovery: Discovery, sites: Sites) -> str:
+    """The site whose `link` would be too large, so that all samples must pass before N is projected; "" if none."""
+    for site in sites:
+        for path in discovery.paths.get(site.name, ()):
+            if path.geometry is None:
+                continue
+            producer, consumer = path.producer.kernel, path.consumers[0].kernel
+            inputs, hidden = (math.prod(k.factors[f] for f in k.rows) for k in (producer, consumer))
+            if num_offsets(path.geometry.consumer) * inputs * hidden > LINK_LIMIT:
+                return f"site `{site.name}` is too wide for its link to be kept"
+    return ""
 
 
 class _Step(NamedTuple):
@@ -218,22 +237,55 @@ def _paths(discovery: Discovery, site: Site) -> tuple[Path, ...]:
 def _sums(
     params: Params, site: Site, paths: Sequence[Path], captured: Captured, num_samples: int, energy_matrix: bool
 ) -> Statistics:
-    bias_prev, bias = site.producers[0].bias is not None, consumers_have_bias(site)
-    depth = len(site.stack)
-    inputs, hidden, goals = [], [], []
-    for path in paths:
-        first = path.consumers[0]
-        inputs.append(_halves(_rows(path.producer, captured.inputs, bias_prev), num_samples, depth))
-        hidden.append(_halves(_rows(first, captured.inputs, bias), num_samples, depth))
-        v = [-num_samples * _outputs(consumer, captured.gradients) for consumer in _in_order(path, site)]
-        goals.append(_halves(jnp.concatenate(v, axis=-1), num_samples, depth))
-    b_prev, b, v = (jnp.concatenate(parts, axis=-2) for parts in (inputs, hidden, goals))
+    """The record of one site from what its paths captured; a leaf used twice adds its rows."""
+    parts = [_path_sums(site, path, captured, num_samples, energy_matrix) for path in paths]
+    if len(parts) > 1 and any(part.link is None for part in parts):
+        raise ValueError(f"site `{site.name}` is too wide for a kernel that is used {len(parts)} times")
+    total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
     weight_prev, weight = matrices(params, site)
-    dtype = v.dtype
-    used = jnp.broadcast_to(width(params, site), site.stack)
-    count = jnp.broadcast_to(jnp.array([(num_samples + 1) // 2, num_samples // 2], dtype), (*site.stack, 2))
+    dtype = total.energy.dtype
     return Statistics(
-        count=count,
+        count=jnp.broadcast_to(jnp.array([(num_samples + 1) // 2, num_samples // 2], dtype), (*site.stack, 2)),
+        **total._asdict(),
+        weight_prev=weight_prev.astype(dtype),
+        weight=weight.astype(dtype),
+        width=jnp.broadcast_to(width(params, site), site.stack),
+        bias_prev=site.producers[0].bias is not None,
+        bias=consumers_have_bias(site),
+    )
+
+
+def _path_sums(site: Site, path: Path, captured: Captured, num_samples: int, energy_matrix: bool) -> Sums:
+    """The sums of one path: rows with rows, or images through their windows."""
+    x = _matrix(path.producer.inputs, captured.inputs[path.producer.op.path])
+    first = path.consumers[0]
+    h = _matrix(first.inputs, captured.inputs[first.op.path])
+    goals = [_matrix(c.outputs, captured.gradients[c.op.path]) for c in _in_order(path, site)]
+    v = -num_samples * jnp.concatenate(goals, axis=-1)
+    bias_prev, bias = site.producers[0].bias is not None, consumers_have_bias(site)
+    if path.geometry is None:
+        return row_sums(x, h, v, num_samples, bias_prev=bias_prev, bias=bias, energy_matrix=energy_matrix)
+    geometry = path.geometry
+    return conv_sums(
+        x.reshape(num_samples, *geometry.space, -1),
+        h.reshape(num_samples, *geometry.hidden, -1),
+        v.reshape(num_samples, *geometry.out, -1),
+        geometry.producer,
+        geometry.consumer,
+        between=geometry.between,
+        bias_prev=bias_prev,
+        bias=bias,
+        energy_matrix=energy_matrix,
+    )
+
+
+def row_sums(
+    x: Array, h: Array, v: Array, num_samples: int, *, bias_prev: bool, bias: bool, energy_matrix: bool
+) -> Sums:
+    """The sums of a pair of matrix products: x `(*stack, rows, D)`, h `(*stack, rows, H)`, v `(*stack, rows, Q)`."""
+    b_prev, b = _with_constant(x, bias_prev), _with_constant(h, bias)
+    b_prev, b, v = (_halves(array, num_samples) for array in (b_prev, b, v))
+    return Sums(
         gram_prev=_gram(b_prev, b_prev),
         cross_prev=_gram(b_prev, v),
         gram=_gram(b, b),
@@ -241,11 +293,6 @@ def _sums(
         link=_gram(b_prev, b)[..., None, :, :],
         energy=jnp.sum(v**2, axis=(-2, -1)),
         energy_matrix=_gram(v, v) if energy_matrix else None,
-        weight_prev=weight_prev.astype(dtype),
-        weight=weight.astype(dtype),
-        width=used,
-        bias_prev=bias_prev,
-        bias=bias,
     )
 
 
@@ -255,23 +302,19 @@ def _in_order(path: Path, site: Site) -> list[Use]:
     return [by_leaf[kernel.leaf] for kernel in site.consumers]
 
 
-def _rows(use: Use, inputs: dict, with_constant: bool) -> Array:
-    """The recorded input of a use, `(*stack, rows, cols)`, the constant 1 last if asked."""
-    x = _at_least_float32(use.inputs.to_matrix(inputs[use.op.path]))
-    return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1) if with_constant else x
+def _matrix(layout: Layout, array: Array) -> Array:
+    """A captured array as `(*stack, rows, cols)`, in float32 at least."""
+    return layout.to_matrix(array).astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _outputs(use: Use, gradients: dict) -> Array:
-    return _at_least_float32(use.outputs.to_matrix(gradients[use.op.path]))
+def _with_constant(x: Array, bias: bool) -> Array:
+    return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1) if bias else x
 
 
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _halves(x: Array, num_samples: int, depth: int) -> Array:
+def _halves(x: Array, num_samples: int) -> Array:
     """`(*stack, samples * positions, cols)` as `(*stack, 2, rows, cols)`: even samples, odd samples (zeros to even)."""
-    lead, cols = x.shape[:depth], x.shape[-1]
+    *lead, _, cols = x.shape
+    depth = len(lead)
     x = x.reshape(*lead, num_samples, -1, cols)
     if num_samples % 2:
         x = jnp.pad(x, [(0, 0)] * depth + [(0, 1), (0, 0), (0, 0)])

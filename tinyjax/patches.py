@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tinyjax.linalg import matmul, solve
-from tinyjax.window import Window, first_read, num_offsets, out_shape, over_image, reads
+from tinyjax.window import Window, num_offsets, out_shape, over_image, patches, pool_mean, reads
 
 LINK_LIMIT = 2**24  # entries of one half of `link`: 64 MiB in float32
 _ENTRIES = 2**22  # temporary numbers a chunk may hold, where `chunk` is not given
@@ -32,42 +32,6 @@ class Sums(NamedTuple):
     link: Array | None
     energy: Array
     energy_matrix: Array | None
-
-
-def patches(x: Array, window: Window) -> Array:
-    """What each output pixel reads, as rows of a matrix; zeros outside of the image.
-
-    Args:
-        x: (n, *space, C).
-        window: geometry of the convolution.
-
-    Returns:
-        (n, *out, prod(size) * C), ordered (kh, kw, C).
-
-    Raises:
-        ValueError: the window does not fit the image.
-
-    Example:
-        >>> patches(x, window) @ kernel.reshape(-1, kernel.shape[-1])  # the convolution
-    """
-    shape = out_shape(x.shape[1:-1], window)
-    for axis, size in enumerate(window.size):
-        # offsets go in front of the channels, after those of the axes before: already the order of the rows
-        x = jnp.stack([_read(x, window, axis, offset, shape[axis]) for offset in range(size)], axis=-2)
-    return x.reshape(len(x), *shape, -1)
-
-
-def pool_mean(x: Array, window: Window) -> Array:
-    """The mean over each window, of its pixels inside the image: (n, *out, C).
-
-    It stands for average and for maximum pooling where they lie between a producer and its consumer.
-    """
-    space = x.shape[1:-1]
-    shape = out_shape(space, window)
-    for axis, size in enumerate(window.size):
-        x = sum(_read(x, window, axis, offset, shape[axis]) for offset in range(size))
-    inside = over_image(_pixels_inside(space, window))
-    return x / np.maximum(inside, 1).astype(x.dtype)
 
 
 def conv_sums(
@@ -208,24 +172,6 @@ def linear_move(
     offsets = num_offsets(consumer)
     fan_out = omega.reshape(len(omega), -1, offsets).transpose(2, 0, 1)  # rows of a patch are (offset, channel)
     return matmul(patches(channels, consumer), fan_out.reshape(offsets * len(omega), -1))
-
-
-def _read(x: Array, window: Window, axis: int, offset: int, outputs: int) -> Array:
-    """What all output pixels read through one offset of an axis: that axis becomes the output's."""
-    start, stride, pixels = first_read(window, axis, offset), window.strides[axis], x.shape[axis + 1]
-    config = [(0, 0, 0)] * x.ndim
-    config[axis + 1] = (-start, start + (outputs - 1) * stride + 1 - pixels, 0)
-    return jax.lax.slice_in_dim(jax.lax.pad(x, jnp.zeros((), x.dtype), config), 0, None, stride, axis + 1)
-
-
-def _pixels_inside(space: tuple[int, ...], window: Window) -> tuple[np.ndarray, ...]:
-    """For each axis, how many of the pixels a window reads are inside the image."""
-    counts = []
-    for axis, (pixels, outputs) in enumerate(zip(space, out_shape(space, window))):
-        start = np.array([first_read(window, axis, offset) for offset in range(window.size[axis])])
-        met = start + window.strides[axis] * np.arange(outputs)[:, None]
-        counts.append(np.sum((met >= 0) & (met < pixels), axis=1))
-    return tuple(counts)
 
 
 def _producer_rows(x: Array, producer: Window, between: Sequence[Window], live: Array, bias: bool) -> Array:

@@ -1,12 +1,16 @@
-"""Which input pixels each output pixel of a convolution or a pooling reads.
+"""Which input pixels each output pixel of a convolution or a pooling reads, and reading them.
 
-One entry per spatial axis; all that follows is integer arithmetic on shapes, done at trace time. Axes are independent
-of each other, so every quantity here is a product over axes. No axis at all is a dense layer.
+One entry per spatial axis; no axis at all is a dense layer. Axes are independent of each other: counts are products
+over axes, and patches are cut one axis after the other. Counts are integers known at trace time.
 """
 
+import functools
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 
 class Window(NamedTuple):
@@ -79,3 +83,57 @@ def over_image(per_axis: tuple[np.ndarray, ...]) -> np.ndarray:
     for vector in reversed(per_axis):
         image = vector.reshape(-1, *[1] * image.ndim) * image
     return image
+
+
+def patches(x: Array, window: Window) -> Array:
+    """What each output pixel reads, as rows of a matrix; zeros outside of the image.
+
+    Args:
+        x: (n, *space, C).
+        window: geometry of the convolution.
+
+    Returns:
+        (n, *out, prod(size) * C), ordered (kh, kw, C).
+
+    Raises:
+        ValueError: the window does not fit the image.
+
+    Example:
+        >>> patches(x, window) @ kernel.reshape(-1, kernel.shape[-1])  # the convolution
+    """
+    shape = out_shape(x.shape[1:-1], window)
+    for axis, size in enumerate(window.size):
+        # offsets go in front of the channels, after those of the axes before: already the order of the rows
+        x = jnp.stack([_read(x, window, axis, offset, shape[axis]) for offset in range(size)], axis=-2)
+    return x.reshape(len(x), *shape, -1)
+
+
+def pool_mean(x: Array, window: Window) -> Array:
+    """The mean over each window, of its pixels inside the image: (n, *out, C).
+
+    It stands for average and for maximum pooling where they lie between a producer and its consumer.
+    """
+    space = x.shape[1:-1]
+    shape = out_shape(space, window)
+    for axis, size in enumerate(window.size):
+        x = functools.reduce(jnp.add, (_read(x, window, axis, offset, shape[axis]) for offset in range(size)))
+    inside = over_image(_inside(space, window))
+    return x / np.maximum(inside, 1).astype(x.dtype)
+
+
+def _read(x: Array, window: Window, axis: int, offset: int, outputs: int) -> Array:
+    """What all output pixels read through one offset of an axis: that axis becomes the output's."""
+    start, stride, pixels = first_read(window, axis, offset), window.strides[axis], x.shape[axis + 1]
+    config = [(0, 0, 0)] * x.ndim
+    config[axis + 1] = (-start, start + (outputs - 1) * stride + 1 - pixels, 0)
+    return jax.lax.slice_in_dim(jax.lax.pad(x, jnp.zeros((), x.dtype), config), 0, None, stride, axis + 1)
+
+
+def _inside(space: tuple[int, ...], window: Window) -> tuple[np.ndarray, ...]:
+    """For each axis, how many of the pixels a window reads are inside the image."""
+    counts = []
+    for axis, (pixels, outputs) in enumerate(zip(space, out_shape(space, window))):
+        start = np.array([first_read(window, axis, offset) for offset in range(window.size[axis])])
+        met = start + window.strides[axis] * np.arange(outputs)[:, None]
+        counts.append(np.sum((met >= 0) & (met < pixels), axis=1))
+    return tuple(counts)
