@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from tinyjax.patches import conv_sums, linear_move, patches, pool_mean
-from tinyjax.window import Window, out_shape
+from tinyjax.patches import conv_sums, convolve, linear_move
+from tinyjax.window import Window, out_shape, patches, pool_mean
 
 
 def window(size, strides=1, padding="VALID", dilation=1):
@@ -181,14 +181,6 @@ def test_sums_equal_loops_over_pixels(name):
         assert_close(getattr(found, field), expected)
 
 
-def convolve(image, kernel, win):
-    axes = "HWD"[: len(win.size)]
-    names = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
-    return lax.conv_general_dilated(
-        image, kernel, win.strides, win.padding, rhs_dilation=win.dilation, dimension_numbers=names
-    )
-
-
 @EVERY
 def test_new_channels_move_the_output_as_n_and_s_say(name):
     geo = GEOMETRIES[name]
@@ -200,12 +192,13 @@ def test_new_channels_move_the_output_as_n_and_s_say(name):
     move = jax.jit(
         lambda: linear_move(x, alpha, omega, geo.producer, geo.consumer, bias_prev=True, between=geo.between)
     )()
-    # V(theta) is the convolution of a convolution
-    hidden = convolve(x, alpha[:-1].reshape(*geo.producer.size, x.shape[-1], 2), geo.producer) + alpha[-1]
-    for pool in geo.between:
-        hidden = jnp.asarray(np.stack([slow_pool(image, pool) for image in np.asarray(hidden)]))
-    kernel = jnp.moveaxis(omega.reshape(2, v.shape[-1], *geo.consumer.size), (0, 1), (-2, -1))
-    assert_close(move, convolve(hidden, kernel, geo.consumer))
+    fan_out = np.asarray(omega).reshape(2, v.shape[-1], -1)
+    expected = np.zeros(v.shape)
+    for i, j in itertools.product(range(len(x)), pixels(v.shape[1:-1])):
+        image = slow_image(np.asarray(x[i]), geo, True)
+        for o, offset in enumerate(pixels(geo.consumer.size)):
+            expected[i][j] += read(image, geo.consumer, j, offset)[0] @ alpha @ fan_out[..., o]
+    assert_close(move, expected)
     # its slope is exactly <N~, alpha omega>
     slope, product = np.sum(v * move), np.asarray(alpha @ omega)
     assert abs(slope) > 1e-3
@@ -305,7 +298,10 @@ def test_patches_and_pooling_equal_loops(name):
     geo = GEOMETRIES[name]
     x, h, _ = arrays(geo)
     for image, win in ((x, geo.producer), (h, geo.consumer)):
-        assert_close(patches(image, win), np.stack([slow_patches(one, win, False) for one in image]))
+        rows = np.stack([slow_patches(one, win, False) for one in image])
+        assert_close(patches(image, win), rows)
+        matrix = np.random.default_rng(0).normal(size=(rows.shape[-1], 2))
+        assert_close(convolve(image, matrix, win), rows @ matrix)
     pool = window((2,) * len(geo.space), 1, ((1, 0),) * len(geo.space))
     assert_close(pool_mean(x, pool), np.stack([slow_pool(one, pool) for one in x]))
 

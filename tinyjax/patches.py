@@ -140,6 +140,32 @@ def conv_sums(
     )
 
 
+def convolve(x: Array, matrix: Array, window: Window) -> Array:
+    """The convolution whose kernel is a matrix, `patches(x, window) @ matrix`, without forming the patches.
+
+    Args:
+        x: (n, *space, C).
+        matrix: (prod(size) * C, k), rows ordered (kh, kw, C).
+        window: geometry of the convolution.
+
+    Returns:
+        (n, *out, k).
+    """
+    axes = tuple(range(1, 1 + len(window.size)))
+    outer = 1 + len(axes)
+    kernel = matrix.reshape(*window.size, x.shape[-1], -1)
+    numbers = jax.lax.ConvDimensionNumbers((0, outer, *axes), (outer, outer - 1, *range(outer - 1)), (0, outer, *axes))
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window.strides,
+        window.padding,
+        rhs_dilation=window.dilation,
+        dimension_numbers=numbers,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
 def linear_move(
     x: Array,
     alpha: Array,
@@ -164,14 +190,12 @@ def linear_move(
     Returns:
         (n, *space2, M).
     """
-    weight = alpha[:-1] if bias_prev else alpha
-    channels = matmul(patches(x, producer), weight)
-    channels = channels + alpha[-1] if bias_prev else channels
+    channels = convolve(x, alpha[:-1], producer) + alpha[-1] if bias_prev else convolve(x, alpha, producer)
     for window in between:
         channels = pool_mean(channels, window)
     offsets = num_offsets(consumer)
     fan_out = omega.reshape(len(omega), -1, offsets).transpose(2, 0, 1)  # rows of a patch are (offset, channel)
-    return matmul(patches(channels, consumer), fan_out.reshape(offsets * len(omega), -1))
+    return convolve(channels, fan_out.reshape(offsets * len(omega), -1), consumer)
 
 
 def _producer_rows(x: Array, producer: Window, between: Sequence[Window], live: Array, bias: bool) -> Array:
