@@ -6,6 +6,7 @@ is the tangent of a new neuron's fan-in, and an empty neuron (fan-in and bias ze
 slot holds there.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ class Flow:
         epsilon: the constants added to statistics of degree 2.
         modulated: operations in which rows met a summary of themselves.
         normalised: those of them that left degree 0.
+        summaries: number of entries of every such summary; the number of slots for a statistic over all rows.
         met: for every parameter leaf that met the flow slot by slot, the operations in which it did.
     """
 
@@ -54,6 +56,7 @@ class Flow:
         self.epsilon: list[float] = []
         self.modulated: list[Op] = []
         self.normalised: list[Op] = []
+        self.summaries: set[int] = set()
         self.met: dict[int, list[Meeting]] = {}
         self._axes, self._wiring, self._slots = axes, wiring, slots
         # Steps of the scans around the producer are rows, unless its kernel has one layer for each.
@@ -102,6 +105,7 @@ class Flow:
             return ROW_BY_ROW
         degree = self._degree(op)
         self.modulated.append(op)
+        self.summaries |= {math.prod(p.outs[0].shape) for v in op.ins for p in self.pools.get(v, ())}
         if op.name in ("mul", "div") and degree == 0:
             self.normalised.append(op)
         elif op.name != "sub" or degree != 1:
@@ -111,6 +115,10 @@ class Flow:
     def pools_met(self, op: Op) -> int:
         """How often the operands of an operation that follow the flow have been summarised."""
         return min(len(self.pools[v]) for v in op.ins if v in self.pools)
+
+    def meets_root(self, op: Op) -> bool:
+        """Whether a leaf meets the flow in an operation through a square root: a running variance in use."""
+        return any(m.op is op and m.through & {"sqrt", "rsqrt"} for found in self.met.values() for m in found)
 
     def degree_met(self, op: Op) -> float | None:
         """Degree of the operand of an operation that follows the flow."""
@@ -169,9 +177,21 @@ class Flow:
             return 0
         if op.name == "select_n" and all(k is not None for k in known[1:]) and len({float(k) for k in known[1:]}) == 1:
             return known[1]
-        if op.name in ("cond_out", "scan_carry") and all(k is not None for k in known) and len({float(k) for k in known}) == 1:
+        if (
+            op.name in ("cond_out", "scan_carry")
+            and all(k is not None for k in known)
+            and len({float(k) for k in known}) == 1
+        ):
             return known[0]
-        if is_view(op) or op.name in ("broadcast_in_dim", "scan_in", "scan_out", "reduce_max", "reduce_min", "scan_carry", "reduce_window_max"):
+        if is_view(op) or op.name in (
+            "broadcast_in_dim",
+            "scan_in",
+            "scan_out",
+            "reduce_max",
+            "reduce_min",
+            "scan_carry",
+            "reduce_window_max",
+        ):
             return known[0]
         if op.name in ("reduce_sum", "reduce_window_sum"):
             return 0 if known[0] is not None and known[0] == 0 else None

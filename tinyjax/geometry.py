@@ -105,9 +105,7 @@ def _producer_pixels(axes: Axes, use: Use, samples: Atom) -> tuple[_Pixels, tupl
     _, _, *space = use.op.params["dimension_numbers"].lhs_spec
     _, _, *out_space = use.op.params["dimension_numbers"].out_spec
     (image, _), (out,) = use.op.ins, use.op.outs
-    pixels = _Pixels(
-        tuple(out.shape[d] for d in out_space), tuple(tuple(roots(axes[out][d])) for d in out_space)
-    )
+    pixels = _Pixels(tuple(out.shape[d] for d in out_space), tuple(tuple(roots(axes[out][d])) for d in out_space))
     return pixels, tuple(image.shape[d] for d in space), use.window, use
 
 

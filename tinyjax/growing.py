@@ -4,7 +4,7 @@ Best update at its amplitude, neurons at theirs, filler for the slots left empty
 batch does not rise. Everything is selected by `where`, so that one program serves every outcome.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.births import identity_at_birth, response_moments
 from tinyjax.info import Status
 from tinyjax.layout import Params
 from tinyjax.methods import (
@@ -34,12 +35,17 @@ Amplitude = Callable[..., LineSearch]
 class Recipe(NamedTuple):
     """The static choices of a growth."""
 
-    loss: Callable[[Params, Any], Array]
+    loss_fn: Callable[..., Any]
+    has_aux: bool
     method: Method
     update: Update | None
     amplitude: Amplitude
     update_amplitude: Amplitude
     fill: Method | None
+
+    def loss(self, params: Params, batch: Any) -> Array:
+        """The loss without aux."""
+        return self.loss_fn(params, batch)[0] if self.has_aux else self.loss_fn(params, batch)
 
 
 class Parts(NamedTuple):
@@ -70,9 +76,11 @@ def grow_site(
     neurons, delta, report = over_layers(partial(_fit, recipe, num_neurons))(statistics, layer_keys)
     params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before)
 
+    born_with = _birth(recipe, site, parts, params, neurons)
+
     def grown(gamma: Array) -> tuple[Params, Array]:
         signed = neurons._replace(alpha=jnp.sign(gamma) * neurons.alpha, omega=jnp.sign(gamma) * neurons.omega)
-        return write(params, site, signed, amplitude=jnp.abs(gamma), limit=wanted)
+        return write(params, site, signed, amplitude=jnp.abs(gamma), limit=wanted, birth=born_with(gamma))
 
     found = recipe.amplitude(lambda gamma: recipe.loss(grown(gamma)[0], parts.search), dtype=neurons.alpha.dtype)
     candidate, born = grown(found.amplitude)
@@ -85,7 +93,9 @@ def grow_site(
     if recipe.fill is not None:
         fill_key = jax.random.fold_in(_key_from(loss_before, statistics.width) if key is None else key, 1)
         filler = over_layers(partial(_call, recipe.fill, num_neurons))(statistics, _split_over(site, fill_key))
-        params, more = write(params, site, filler, amplitude=1.0, limit=jnp.minimum(wanted, free) - written)
+        born_with = _birth(recipe, site, parts, params, filler)(jnp.ones((), filler.alpha.dtype))
+        left = jnp.minimum(wanted, free) - written
+        params, more = write(params, site, filler, amplitude=1.0, limit=left, birth=born_with)
         born = born | more
     total = jnp.sum(born, dtype=jnp.int32)
 
@@ -112,6 +122,16 @@ def grow_site(
         status=status,
     )
     return params, row
+
+
+def _birth(
+    recipe: Recipe, site: Site, parts: Parts, params: Params, neurons: Neurons
+) -> Callable[[Array], Mapping[str, Array]]:
+    """From the amplitude to what a normalisation must hold to be the identity on the neurons."""
+    if site.norm is None:
+        return lambda gamma: {}
+    moments = response_moments(recipe.loss_fn, params, parts.whole, site, neurons.alpha, has_aux=recipe.has_aux)
+    return partial(identity_at_birth, site.norm, moments)
 
 
 def _updated(

@@ -88,10 +88,7 @@ def make_grow_step(
     if amplitude is None:
         amplitude = fixed(1.0) if is_function_preserving(method) else line_search
 
-    def loss(params: Params, batch: Any) -> Array:
-        return loss_fn(params, batch)[0] if has_aux else loss_fn(params, batch)
-
-    recipe = Recipe(loss, method, update, amplitude, update_amplitude, fill)
+    recipe = Recipe(loss_fn, has_aux, method, update, amplitude, update_amplitude, fill)
 
     def statistics_of(params: Params, batch: Any) -> dict[str, Statistics]:
         return estimate_batch(loss_fn, params, batch, sites, has_aux=has_aux, energy_matrix=energy_matrix).statistics
@@ -101,7 +98,7 @@ def make_grow_step(
     ) -> tuple[Any, ...]:
         parts = split_batch(batch)
         found = statistics_of(params, parts.estimation)
-        current = loss(params, parts.whole)
+        current = recipe.loss(params, parts.whole)
         rows = {}
         for index, site in enumerate(sites):
             if refresh and index:

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from tinyjax.axes import Axes
 from tinyjax.flow import Flow, Meeting
 from tinyjax.site import Norm
-from tinyjax.trace import Op, Value
+from tinyjax.trace import VIEWS, Op, Value
 from tinyjax.uses import Wiring
 
 _ROOTS = frozenset({"sqrt", "rsqrt"})
+_TRANSPARENT = VIEWS | {"broadcast_in_dim"}
 
 
 def roles(flow: Flow) -> dict[int, str]:
@@ -27,14 +28,20 @@ def roles(flow: Flow) -> dict[int, str]:
 
 
 def find_norm(
-    flow: Flow, wiring: Wiring, axes: Axes, found: Mapping[int, str], names: Sequence[str], producer_bias: str | None
+    flow: Flow,
+    wiring: Wiring,
+    axes: Axes,
+    found: Mapping[int, str],
+    names: Sequence[str],
+    producer_bias: str | None,
+    capacity: int,
 ) -> tuple[Norm | None, str]:
     """The batch normalisation between a product and its consumers, or why what is there cannot be made the identity."""
-    uses_running = any(
-        role == "var" and not flow.pools_met(flow.met[leaf][0].op) for leaf, role in found.items()
-    )
+    uses_running = any(role == "var" and not flow.pools_met(flow.met[leaf][0].op) for leaf, role in found.items())
     if not flow.normalised and not uses_running:
         return None, "its rows meet a summary of themselves (a centring?)" if flow.modulated else ""
+    if any(summary != capacity for summary in flow.summaries):
+        return None, "it is normalised over a part of its rows (an instance or layer norm?)"
     if len(flow.normalised) > 1 or (flow.normalised and uses_running):
         return None, "it is normalised more than once"
     leaf_of = {
@@ -56,6 +63,8 @@ def _role(flow: Flow, meeting: Meeting) -> str:
     op, through = meeting
     if through & _ROOTS:
         return "var"
+    if through - _TRANSPARENT and not flow.meets_root(op):
+        return "other"  # 1 + s, exp(s), ...: what an empty or a newborn slot should hold is not known
     if op.name in ("add", "add_any", "sub"):
         if not flow.pools_met(op):
             return "shift"

@@ -18,7 +18,7 @@ from tinyjax.geometry import Geometry, Unaligned, is_rowwise, lay_out
 from tinyjax.layout import Layout, Params
 from tinyjax.norms import find_norm, roles
 from tinyjax.site import Kernel, Member, Norm, Site, Sites
-from tinyjax.trace import VIEWS, Graph, Op, Trace, Value, flatten, trace
+from tinyjax.trace import Graph, Trace, Value, flatten, trace
 from tinyjax.uses import Use, Wiring, find_uses, leaf_factors
 
 
@@ -246,7 +246,9 @@ class _Finder:
             found |= roles(flow)
             accounted |= {meetings[0].op for meetings in flow.met.values()}
             bias = None if producer.bias is None else producer.bias.leaf
-            norm, reason = find_norm(flow, self.wiring, self.axes, found, self.names, bias)
+            norm, reason = find_norm(flow, self.wiring, self.axes, found, self.names, bias, dimension.size)
+            if norm is not None and (len(producers) > 1 or producer.op.stack):
+                reason = "a batch normalisation inside a scan, or behind a kernel that is used more than once"
             if reason:
                 return _refusal(reason)
             norms.append(norm)
@@ -372,7 +374,7 @@ class _Finder:
     def _is_shift(self, leaf: int) -> bool:
         """Whether a leaf is only added to activations (a bias with two axes, a position embedding)."""
         found = self.entries.get(leaf, ())
-        return bool(found) and all(_role(op, through) == "shift" for op, through in found)
+        return bool(found) and all(op.name in ("add", "add_any") for op, _ in found)
 
     def _first_user(self, leaf: int) -> str:
         for view, info in self.wiring.views.items():

@@ -189,9 +189,7 @@ def _use(graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...], op: O
     )
     rows = tuple(input_atoms[f] for f in inputs.rows)
     bias, biased = _bias(graph, axes, wiring, names, op, k, col_atoms, depth)
-    return Use(
-        op, k, kernel, inputs, outputs, rows, input_atoms, output_atoms, sides.window, bias, biased, trouble
-    )
+    return Use(op, k, kernel, inputs, outputs, rows, input_atoms, output_atoms, sides.window, bias, biased, trouble)
 
 
 class _Sides(NamedTuple):

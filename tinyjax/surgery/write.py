@@ -114,7 +114,8 @@ def write(
             of the neurons' own `delta`, which is used by default.
         limit: write at most this many neurons, 0-d integer; all by default.
         birth: values, by leaf path, that the scales, shifts and running statistics of the written slots take: 0-d or
-            `(*stack, capacity)`. Default: scale 1, shift 0, mean 0, variance 1. The producer's bias comes from `alpha`.
+            one a neuron, `(*stack, k)`. Default: scale 1, shift 0, mean 0, variance 1. The producer's bias comes from
+            `alpha`.
 
     Returns:
         The parameters, and which slots were written, `(capacity,)` booleans.
@@ -132,7 +133,11 @@ def write(
     _check_shapes(site, neurons, delta)
     (producer,) = site.producers
     free = free_slots(params, site)
-    fan_in, fan_out, written = _in_slots(site, neurons, free, jnp.asarray(amplitude, neurons.alpha.dtype), limit)
+    num_neurons = neurons.alpha.shape[-1]
+    rank = jnp.cumsum(free) - 1  # slot j, if free, is the rank-th free one: it takes neuron number rank
+    written = free & (rank < num_neurons) & (rank < (num_neurons if limit is None else limit))
+    index = jnp.clip(rank, 0, num_neurons - 1)
+    fan_in, fan_out = _in_slots(neurons, index, jnp.asarray(amplitude, neurons.alpha.dtype))
     fan_in = fan_in.astype(leaves[producer.leaf].dtype)
     fan_out = fan_out.astype(leaves[site.consumers[0].leaf].dtype)
     written &= _nonzero(fan_in, -1) | _nonzero(fan_out, -2)
@@ -149,7 +154,7 @@ def write(
         first += _fan_out_size(kernel)
     if delta is not None:
         leaves |= _updated(site, leaves, delta, amplitude, ~free)
-    return replace_leaves(params, leaves | _birth_values(site, leaves, written, birth or {})), written
+    return replace_leaves(params, leaves | _birth_values(site, leaves, written, index, birth or {})), written
 
 
 def add_update(params: Params, site: Site, delta: Array, *, amplitude: ArrayLike) -> Params:
@@ -188,19 +193,11 @@ def _updated(
     return new
 
 
-def _in_slots(
-    site: Site, neurons: NewNeurons, free: Array, amplitude: Array, limit: ArrayLike | None
-) -> tuple[Array, Array, Array]:
-    """Scaled fan-in `(*stack, D, C)` and fan-out `(*stack, C, Q)` by slot, and the slots meant to hold them."""
-    num_neurons = neurons.alpha.shape[-1]
-    rank = jnp.cumsum(free) - 1  # slot j, if free, is the rank-th free one: it takes neuron number rank
-    target = free & (rank < num_neurons)
-    if limit is not None:
-        target &= rank < limit
-    index = jnp.clip(rank, 0, num_neurons - 1)
+def _in_slots(neurons: NewNeurons, index: Array, amplitude: Array) -> tuple[Array, Array]:
+    """Scaled fan-in `(*stack, D, C)` and fan-out `(*stack, C, Q)` by slot, `index` being the neuron of each slot."""
     root = jnp.sqrt(amplitude)
     fan_in = jnp.take(root * neurons.alpha, index, axis=-1)
-    return fan_in, jnp.take(root.astype(neurons.omega.dtype) * neurons.omega, index, axis=-2), target
+    return fan_in, jnp.take(root.astype(neurons.omega.dtype) * neurons.omega, index, axis=-2)
 
 
 def _nonzero(x: Array, slot_axis: int) -> Array:
@@ -255,7 +252,7 @@ def _add(leaves: Mapping[str, Array], kernel: Kernel, update: Array, used: Array
 
 
 def _birth_values(
-    site: Site, leaves: Mapping[str, Array], written: Array, birth: Mapping[str, ArrayLike]
+    site: Site, leaves: Mapping[str, Array], written: Array, index: Array, birth: Mapping[str, ArrayLike]
 ) -> dict[str, Array]:
     """Scales, shifts and running statistics of the slots just written."""
     bias = site.producers[0].bias
@@ -269,6 +266,7 @@ def _birth_values(
     for leaf, member in vectors.items():
         old = member.layout.to_slots(leaves[leaf])
         value = jnp.asarray(birth.get(leaf, NEUTRAL.get(member.role, 0)), old.dtype)
+        value = value if value.ndim == 0 else jnp.take(value, index, axis=-1)
         value = jnp.broadcast_to(value, old.shape[:-1])[..., None]
         new[leaf] = member.layout.from_slots(jnp.where(written[:, None], value, old))
     return new
