@@ -8,14 +8,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tinyjax"
 LEVELS = [
     # What knows nothing else of the library.
-    ["layout", "linalg", "atoms", "info", "statistics", "data", "models", "plot"],
-    ["site", "trace", "methods"],
-    ["axes", "slots", "scaling", "schedule", "patches", "costs"],
-    ["uses", "separable", "surgery"],
-    ["capture", "flow", "optimizer", "growing"],
+    ["layout", "linalg", "atoms", "info", "statistics", "data", "models", "plot", "window"],
+    ["site", "trace", "methods", "pair"],
+    ["axes", "slots", "scaling", "schedule", "costs", "shifts"],
+    ["uses", "separable", "surgery", "correlations"],
+    ["capture", "flow", "optimizer", "geometry", "patches"],
+    ["norms"],
     ["sites"],
-    ["estimate"],
-    ["growth", "diagnosis"],
+    ["estimate", "births"],
+    ["growing", "diagnosis"],
+    ["growth"],
     ["checkpoint"],
     ["training"],
 ]
