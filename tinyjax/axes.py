@@ -11,10 +11,10 @@ from tinyjax.atoms import Atom, Axis, mark, parts, regroup, roots, unify
 from tinyjax.trace import VIEWS, Graph, Op, Value, behind_loss
 
 ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
-    convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag
-    integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not optimization_barrier or
-    polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil
+    clamp convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
+    igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not
+    optimization_barrier or polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
     sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient
     sub tan tanh xor""".split()
 )
@@ -107,7 +107,7 @@ class Axes:
             self._pull(op, ins)
 
     def _pull(self, op: Op, ins: list[list[Axis]]) -> None:
-        """Marks the axes summed by a penalty whose gradient is not zero in an empty slot (L1, a distance to a point)."""
+        """Marks the axes summed by a penalty with a gradient in an empty slot (L1, a distance to a point)."""
         powers = [self._power.get(v, 0) for v in op.ins]
         self._power.update(dict.fromkeys(op.outs, _vanishing(op, powers)))
         if op.name in REDUCTIONS and powers[0] < 2 and op.outs[0] in self._needed:

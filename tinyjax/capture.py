@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array
 
@@ -124,7 +125,7 @@ def _run(
 def _evaluate(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     operands = [(v, x) for v, x in zip(eqn.invars, values) if not isinstance(v, Literal)]
     single = Jaxpr((), [v for v, _ in operands], eqn.outvars, [eqn], eqn.effects)
-    return jax.core.eval_jaxpr(single, (), *[x for _, x in operands])
+    return eval_jaxpr(single, (), *[x for _, x in operands])
 
 
 def _run_remat(eqn: JaxprEqn, values: Sequence[Any], taps: Taps, at: Address) -> tuple[list[Any], dict[Address, Array]]:

@@ -85,7 +85,7 @@ def estimate(
         chunk: samples a pass, even; default `DEFAULT_CHUNK`, or the whole batch where the loss couples its samples.
 
     Returns:
-        One record for a single `Site`, a dict by site name for several. Sums are float32, or float64 where the model is.
+        One record for a single `Site`, a dict by site name for several. Sums are float32, or float64 if the model is.
 
     Raises:
         ValueError: for a site that cannot grow or is not found in this model, a bad batch, a loss that is not a scalar,

@@ -32,8 +32,8 @@ class Flow:
     """The values computed from one product along one hidden dimension.
 
     Attributes:
-        mixing: for every value that depends on the product along the dimension, why its rows are no longer the product's
-            (`ROW_BY_ROW`, the empty string, where they are).
+        mixing: for every value that depends on the product along the dimension, why its rows are no longer the
+            product's (`ROW_BY_ROW`, the empty string, where they are).
         empty: what an empty slot holds there, where that is a known number.
         culprit: for a value at which an empty slot is not zero, the operation that made it so.
         pools: for every value, the poolings and reductions over rows on the way to it, in order.
@@ -127,10 +127,10 @@ class Flow:
     def _degree(self, op: Op) -> float | None:
         """Of the result, where it is a power of the product."""
         inside = [v for v in op.ins if v in self.mixing]
-        degrees = [self.degree.get(v) for v in inside]
-        first = degrees[0]
-        if first is None or any(d is None for d in degrees):
+        degrees = [self.degree[v] for v in inside if v in self.degree]
+        if len(degrees) < len(inside):
             return None
+        first = degrees[0]
         if is_view(op) or op.name in ("broadcast_in_dim", "reduce_sum", "reduce_window_sum", "stop_gradient", "neg"):
             return first
         if op.name == "mul":

@@ -155,7 +155,7 @@ def _consumer_pixels(axes: Axes, use: Use, pixels: _Pixels, samples: Atom, slots
         return pixelwise(len(pixels.shape)), _with_rows(use, order)
     if rows == [samples] and set(contracted) == {slots, *flat}:
         return whole(pixels.shape), _flattened(use, order, slots)
-    raise Unaligned(f"`{use.leaf}` reads a part of the pixels as rows and a part as inputs")
+    raise Unaligned(f"`{use.leaf}` reads it in other rows than it was written in")
 
 
 def _check_batch(axes: Axes, use: Use, samples: Atom) -> None:

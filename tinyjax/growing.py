@@ -1,7 +1,7 @@
 """The growth of one site, inside the trace.
 
-Best update at its amplitude, neurons at theirs, filler for the slots left empty; each kept only if the loss of the whole
-batch does not rise. Everything is selected by `where`, so that one program serves every outcome.
+Best update at its amplitude, neurons at theirs, filler for the slots left empty; each kept only if the loss of the
+whole batch does not rise. Everything is selected by `where`, so that one program serves every outcome.
 """
 
 from collections.abc import Callable, Mapping
@@ -76,11 +76,11 @@ def grow_site(
     neurons, delta, report = over_layers(partial(_fit, recipe, num_neurons))(statistics, layer_keys)
     params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before)
 
-    born_with = _birth(recipe, site, parts, params, neurons)
+    norm_at = _birth(recipe, site, parts, params, neurons)
 
     def grown(gamma: Array) -> tuple[Params, Array]:
         signed = neurons._replace(alpha=jnp.sign(gamma) * neurons.alpha, omega=jnp.sign(gamma) * neurons.omega)
-        return write(params, site, signed, amplitude=jnp.abs(gamma), limit=wanted, birth=born_with(gamma))
+        return write(params, site, signed, amplitude=jnp.abs(gamma), limit=wanted, birth=norm_at(gamma))
 
     found = recipe.amplitude(lambda gamma: recipe.loss(grown(gamma)[0], parts.search), dtype=neurons.alpha.dtype)
     candidate, born = grown(found.amplitude)
@@ -93,9 +93,9 @@ def grow_site(
     if recipe.fill is not None:
         fill_key = jax.random.fold_in(_key_from(loss_before, statistics.width) if key is None else key, 1)
         filler = over_layers(partial(_call, recipe.fill, num_neurons))(statistics, _split_over(site, fill_key))
-        born_with = _birth(recipe, site, parts, params, filler)(jnp.ones((), filler.alpha.dtype))
+        norm = _birth(recipe, site, parts, params, filler)(jnp.ones((), filler.alpha.dtype))
         left = jnp.minimum(wanted, free) - written
-        params, more = write(params, site, filler, amplitude=1.0, limit=left, birth=born_with)
+        params, more = write(params, site, filler, amplitude=1.0, limit=left, birth=norm)
         born = born | more
     total = jnp.sum(born, dtype=jnp.int32)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
 
 from tinyjax.estimate import estimate_batch
@@ -124,7 +125,7 @@ def make_grow_step(
         result = compiled(
             params, batch, opt_state, key, {name: jnp.asarray(k, jnp.int32) for name, k in wanted.items()}
         )
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(result)):
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(result)):
             check(result[-1])
         return result
 
@@ -200,7 +201,7 @@ def _check_static(
 
 def _check_wanted(wanted: Mapping[str, Any], counts: Mapping[str, int]) -> None:
     for name, k in wanted.items():
-        if not isinstance(k, jax.core.Tracer) and not 0 <= int(k) <= counts[name]:
+        if not isinstance(k, Tracer) and not 0 <= int(k) <= counts[name]:
             raise ValueError(
                 f"`neurons` asks for {int(k)} at site `{name}`; this grow_step was made for 0 .. {counts[name]}"
             )

@@ -67,8 +67,8 @@ def check(info: GrowthInfo) -> None:
     for name, status in info.status.items():
         if status == Status.NON_FINITE:
             raise ValueError(
-                f"site `{name}`: the loss or the statistics are not finite, nothing was changed. Look for NaN or Inf in "
-                "the batch and in the parameters."
+                f"site `{name}`: the loss or the statistics are not finite, nothing was changed. Look for NaN or "
+                "Inf in the batch and in the parameters."
             )
         if status == Status.NO_FREE_SLOT:
             raise ValueError(
@@ -77,6 +77,6 @@ def check(info: GrowthInfo) -> None:
             )
         if status == Status.BEYOND_RANK:
             raise ValueError(
-                f"site `{name}`: the method found {int(info.written[name])} neurons, fewer than asked for. Give a `fill` "
-                "for the other slots, or ask for fewer."
+                f"site `{name}`: the method found {int(info.written[name])} neurons, fewer than asked for. Give a "
+                "`fill` for the other slots, or ask for fewer."
             )

@@ -1,7 +1,7 @@
 """How a hidden dimension lies in a parameter leaf.
 
-A hidden dimension may be a whole axis of a leaf (the columns of a kernel), or one factor of an axis (the channels inside
-a flattened feature map). A `Layout` writes the leaf's shape as a product of *factors* and says which factor counts the
+A hidden dimension may be a whole axis of a leaf (the columns of a kernel), or one factor of an axis (the channels in a
+flattened feature map). A `Layout` writes the leaf's shape as a product of *factors* and says which factor counts the
 slots of the site and which ones form the rows and the columns of the matrix that the network multiplies by. Everything
 that touches user parameters (surgery, writing new neurons, reading weights) goes through the four views below.
 """

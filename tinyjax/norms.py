@@ -2,7 +2,8 @@
 
 A new channel behind a batch normalisation is rescaled whatever the norm of its fan-in; it keeps its amplitude only if
 the normalisation is the identity on it at birth: scale = sqrt(var + eps), shift = mean. Which vector is which follows
-from powers of the product: a mean scales with its first power, a variance with its second, a normalised value with none.
+from powers of the product: a mean scales with its first power, a variance with its second, what is normalised with
+none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,12 +64,14 @@ def _role(flow: Flow, meeting: Meeting) -> str:
     op, through = meeting
     if through & _ROOTS:
         return "var"
+    summed = op.name in ("add", "add_any", "sub")
+    if summed and flow.pools_met(op) and not through - _TRANSPARENT - {"mul"}:
+        # a running average, times its momentum, and its new term
+        return {1.0: "mean", 2.0: "var"}.get(flow.degree_met(op) or 0.0, "other")
     if through - _TRANSPARENT and not flow.meets_root(op):
         return "other"  # 1 + s, exp(s), ...: what an empty or a newborn slot should hold is not known
-    if op.name in ("add", "add_any", "sub"):
-        if not flow.pools_met(op):
-            return "shift"
-        return {1.0: "mean", 2.0: "var"}.get(flow.degree_met(op), "other")  # a running average and its new statistic
+    if summed:
+        return "other" if flow.pools_met(op) else "shift"
     return "scale" if op.name in ("mul", "div") else "other"
 
 

@@ -17,7 +17,8 @@ from tinyjax.trace import VIEWS, Graph, Op, Value, behind_loss
 # Linear in each operand on its own; `mul` and `div` are linear in the summed operand when the other has no samples.
 _LINEAR = frozenset(
     """add add_any sub neg convert_element_type reshape broadcast_in_dim squeeze transpose copy copy_p reduce_sum
-    stop_gradient scan_carry scan_in scan_out concatenate slice stack unstack split name optimization_barrier sharding_constraint""".split()
+    stop_gradient scan_carry scan_in scan_out concatenate slice stack unstack split name optimization_barrier
+    sharding_constraint""".split()
 )
 _BILINEAR = frozenset(("mul", "dot_general", "conv_general_dilated"))
 

@@ -34,7 +34,8 @@ class Kernel:
     """A weight matrix on one side of a hidden dimension.
 
     Attributes:
-        layout: the leaf as a matrix `(rows, cols)`; `slot` is a column factor of a producer, a row factor of a consumer.
+        layout: the leaf as a matrix `(rows, cols)`; `slot` is a column factor of a producer, a row factor of a
+            consumer.
         bias: the vector added to the matrix product, as a `Layout` whose `cols` match the kernel's; None without bias.
     """
 

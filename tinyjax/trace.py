@@ -1,8 +1,8 @@
 """A loss function as a flat list of operations.
 
-`trace` runs the user's unmodified loss through `jax.make_jaxpr`; `Graph` lists its equations with calls inlined, so that
-an analysis is one loop over `graph.ops`. Every fact about jaxprs that changes between JAX releases (names of call-like
-primitives, where a sub-jaxpr is kept, how `scan` counts its operands) lives in this file.
+`trace` runs the user's unmodified loss through `jax.make_jaxpr`; `Graph` lists its equations with calls inlined, so
+that an analysis is one loop over `graph.ops`. Every fact about jaxprs that changes between JAX releases (names of
+call-like primitives, where a sub-jaxpr is kept, how `scan` counts its operands) lives in this file.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
@@ -21,7 +22,8 @@ CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr
 MATMULS = frozenset({"dot_general", "conv_general_dilated"})
 # Operations that only rename or rearrange entries: what they return is the same tensor.
 VIEWS = frozenset(
-    "reshape transpose squeeze convert_element_type copy copy_p sharding_constraint optimization_barrier name scan_in".split()
+    """reshape transpose squeeze convert_element_type copy copy_p sharding_constraint optimization_barrier name
+    scan_in""".split()
 )
 
 
@@ -59,9 +61,10 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
         loss = out[0]
     if not hasattr(loss, "shape"):
         raise ValueError(
-            f"`loss_fn` must return one scalar, not {jax.tree.structure(loss)}; pass `has_aux=True` if it returns `(loss, aux)`"
+            f"`loss_fn` must return one scalar, not {jax.tree.structure(loss)}; pass `has_aux=True` if it returns "
+            "`(loss, aux)`"
         )
-    if loss.shape != () or not jax.numpy.issubdtype(loss.dtype, np.floating):
+    if loss.shape != () or not jnp.issubdtype(loss.dtype, np.floating):
         raise ValueError(
             f"`loss_fn` must return a real scalar, the mean over the samples; it returns {loss.dtype}{list(loss.shape)}"
         )
@@ -76,7 +79,7 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
 
 def has_samples(leaf: Any) -> bool:
     """Whether the leading axis of a batch leaf counts samples: true but for typed PRNG keys and 0-d leaves."""
-    return np.ndim(leaf) > 0 and not jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
+    return np.ndim(leaf) > 0 and not jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
 
 
 def batch_size(batch: Any) -> int:
@@ -220,9 +223,13 @@ class ScanCounts(NamedTuple):
 def scan_counts(eqn: JaxprEqn) -> ScanCounts:
     """Numbers of constants and carries of a scan, read off the ranks: what is sliced has one axis less inside."""
     body, _ = subjaxpr(eqn)
-    sliced = sum(len(o.aval.shape) != len(i.aval.shape) for o, i in zip(eqn.invars, body.invars))
-    carry = sum(len(o.aval.shape) == len(i.aval.shape) for o, i in zip(eqn.outvars, body.outvars))
+    sliced = sum(_rank(outer) != _rank(inner) for outer, inner in zip(eqn.invars, body.invars))
+    carry = sum(_rank(outer) == _rank(inner) for outer, inner in zip(eqn.outvars, body.outvars))
     return ScanCounts(consts=len(eqn.invars) - carry - sliced, carry=carry)
+
+
+def _rank(v: Any) -> int:
+    return len(v.aval.shape)
 
 
 def _inline(
@@ -257,7 +264,8 @@ def _inline(
             first_x = num_consts + num_carry
             inner = args[:num_consts]
             inner += [
-                emit("scan_carry", [a], v, at, deeper) for a, v in zip(args[num_consts:first_x], body.invars[num_consts:])
+                emit("scan_carry", [a], v, at, deeper)
+                for a, v in zip(args[num_consts:first_x], body.invars[num_consts:])
             ]
             inner += [emit("scan_in", [a], v, at, deeper) for a, v in zip(args[first_x:], body.invars[first_x:])]
             results = _inline(ops, body, body_consts, inner, at, deeper, inside)
@@ -274,10 +282,14 @@ def _inline(
             ]
             outs = [emit("cond_out", results, v, at, scans) for *results, v in zip(*branches, eqn.outvars)]
         else:
-            outs = [Value(v.aval.shape, getattr(v.aval, "dtype", None)) for v in eqn.outvars]
+            outs = [_result(v) for v in eqn.outvars]
             ops.append(Op(name, tuple(args), tuple(outs), eqn, at, scans, inside))
         env.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _result(v: Any) -> Value:
+    return Value(v.aval.shape, getattr(v.aval, "dtype", None))
 
 
 def _constant(value: Any) -> Value:

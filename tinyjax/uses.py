@@ -126,7 +126,7 @@ def _size(value: Value) -> int:
 
 
 def find_uses(graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...]) -> tuple[list[Use], dict[Value, str]]:
-    """All uses in order, and the operands that are made from parameters in a way no use can describe, with the reason."""
+    """All uses in order, and the operands made from parameters in a way no use can describe, with the reason."""
     uses, obstructed = [], {}
     for op in graph.ops:
         if op.name not in MATMULS:
@@ -137,9 +137,8 @@ def find_uses(graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...]) 
                 continue  # a leaf with itself: a penalty (`vdot(w, w)`), no product of the network
             if value in wiring.views:
                 uses.append(_use(graph, axes, wiring, names, op, k))
-            elif axes.parameter_only(value) and value.kind == "op":
-                if (found := _obstruction(graph, wiring, names, value)) is not None:
-                    obstructed[value] = found
+            elif axes.parameter_only(value) and (why := _obstruction(wiring, names, value)):
+                obstructed[value] = why
     return uses, obstructed
 
 
@@ -301,8 +300,8 @@ def _bias(
     return None, op.outs[0]
 
 
-def _obstruction(graph: Graph, wiring: Wiring, names: tuple[str, ...], value: Value) -> str | None:
-    """Which matrix leaf a parameter-only operand comes from, and the first operation that is not a view."""
+def _obstruction(wiring: Wiring, names: tuple[str, ...], value: Value) -> str:
+    """Which matrix leaf a parameter-only operand comes from, and the first operation that is not a view; "" if none."""
     seen, queue = set(), [value]
     while queue:
         v = queue.pop()
@@ -314,4 +313,4 @@ def _obstruction(graph: Graph, wiring: Wiring, names: tuple[str, ...], value: Va
             if source in wiring.views and len(source.shape) > 1:
                 return f"`{names[wiring.views[source].leaf]}` reaches the matrix product through `{op.name}`"
         queue += op.ins
-    return None
+    return ""
