@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "tinyjax"
 LEVELS = [
     # What knows nothing else of the library.
     ["layout", "linalg", "atoms", "info", "statistics", "data", "models", "plot", "window"],
-    ["site", "trace", "methods", "pair"],
+    ["site", "trace", "methods", "correlations"],
     ["axes", "slots", "scaling", "schedule", "costs", "shifts"],
-    ["uses", "separable", "surgery", "correlations"],
+    ["uses", "separable", "surgery", "pair"],
     ["capture", "flow", "optimizer", "geometry", "patches"],
     ["norms"],
     ["sites"],
