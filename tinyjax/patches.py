@@ -6,20 +6,18 @@ a *weighted* sum over intermediate pixels, with the number w_p of pairs (j, o) t
 over output pixels for every offset. No tensor that selects pixels is ever formed. Samples pass in chunks.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from tinyjax.linalg import matmul, solve
-from tinyjax.window import Window, num_offsets, out_shape, over_image, patches, pool_mean, reads
+from tinyjax.pair import Pair, Sizes, Way, choose
+from tinyjax.window import Window, num_offsets, out_shape, pool_mean
 
 LINK_LIMIT = 2**24  # entries of one half of `link`: 64 MiB in float32
-_ENTRIES = 2**22  # temporary numbers a chunk may hold, where `chunk` is not given
 
 
 class Sums(NamedTuple):
@@ -48,6 +46,7 @@ def conv_sums(
     chunk: int | None = None,
     link_limit: int = LINK_LIMIT,
     project: Callable[[Array, Array], Array] = solve,
+    way: Callable[[Pair, Sizes, int | None], Way] = choose,
 ) -> Sums:
     r"""The sums of `Statistics` for a producer convolution and its consumer, with any number of spatial axes.
 
@@ -75,68 +74,64 @@ def conv_sums(
         bias: whether the consumer has a bias.
         between: poolings between the two, in order, see `pool_mean`.
         energy_matrix: also give E[v v'] (x) identity over offsets, which acts on columns (m, o).
-        chunk: samples a pass, even; default as many as keep the temporaries small.
+        chunk: samples a pass; default as many as keep the temporaries small.
         link_limit: largest number of entries O D H for which `link` is formed.
         project: (G (H, H), M (H, M)) -> update (H, M) that is taken out of `v` where `link` is not formed; default
             the best update, eq. 41. A caller with more samples than these must pass the update of all of them.
+        way: `by_patches`, `by_lags`, or the choice between them by shape.
 
     Returns:
         `Sums`, in the widest dtype of the arguments and at least float32.
 
     Raises:
-        ValueError: shapes that do not follow from the windows, an odd `chunk`, no samples.
+        ValueError: shapes that do not follow from the windows, no samples, a `chunk` below 1.
 
     Example:
         >>> sums = conv_sums(x, h, v, window, window, bias_prev=True, bias=True)
 
     Reference: Verbockhaven et al., TMLR 2024, eq. 41, lemma C.2 and eq. 71.
     """
-    if chunk is not None and (chunk < 2 or chunk % 2):
-        raise ValueError(f"`chunk` must be an even number of samples, got {chunk}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"`chunk` must be at least one sample, got {chunk}")
     _require_shapes(x, h, v, producer, between, consumer)
     dtype = jnp.result_type(jnp.float32, x.dtype, h.dtype, v.dtype)
     x, h, v = (a.astype(dtype) for a in (x, h, v))
     offsets = num_offsets(consumer)
     inputs, hidden = num_offsets(producer) * x.shape[-1] + bias_prev, offsets * h.shape[-1] + bias
     linked = offsets * inputs * hidden <= link_limit
-    chunk = chunk or _default_chunk(h.shape[1:-1], v.shape[1:-1], inputs, offsets, hidden + v.shape[-1])
+    pair = Pair(x.shape[1:-1], producer, tuple(between), consumer, bias_prev, bias)
+    sizes = Sizes(len(x), x.shape[-1], h.shape[-1], v.shape[-1], linked)
+    chosen = way(pair, sizes, chunk)
 
-    def consumer_part(x: Array, h: Array, v: Array, live: Array) -> tuple[Array, Array, Array]:
-        rows, goal = _rows(h, consumer, live, bias), _flat(v)
-        return _gram(rows, rows), _gram(rows, goal), _gram(goal, goal) if energy_matrix else jnp.sum(goal**2, (1, 2))
-
-    def producer_part(x: Array, h: Array, v: Array, live: Array, delta: Array | None) -> tuple[Array, Array]:
-        image = _producer_rows(x, producer, between, live, bias_prev)
-        right = _flat(v)
-        if delta is not None:
-            right = right - matmul(_rows(h, consumer, live, bias), delta)
-        elif linked:
-            right = jnp.concatenate([right, _rows(h, consumer, live, bias)], axis=-1)
-        weights = over_image(reads(h.shape[2:-1], consumer)).astype(dtype)
-        gram = _gram(_flat(image), _flat(image * weights))
-        return min(offsets, inputs) * gram, _by_offset(image, right, consumer)
+    def consumer_part(x: Array, h: Array, v: Array, live: Array):
+        goal = v.reshape(-1, v.shape[-1])
+        return chosen.consumer(h, v, live), matmul(goal.T, goal) if energy_matrix else jnp.sum(goal**2)
 
     def both(x: Array, h: Array, v: Array, live: Array):
-        return consumer_part(x, h, v, live), producer_part(x, h, v, live, None)
+        return consumer_part(x, h, v, live), chosen.producer(x, h, v, live)
+
+    def projected(x: Array, h: Array, v: Array, live: Array):
+        move = convolve(h, delta[:-1], consumer) + delta[-1] if bias else convolve(h, delta, consumer)
+        return chosen.producer(x, None, (v - move) * live.reshape(-1, *[1] * (v.ndim - 1)), live)
 
     if linked:
-        (gram, cross, energy), (gram_prev, by_offset) = _over_chunks(both, (x, h, v), chunk)
+        (consumed, energy), produced = _by_half(both, (x, h, v), chosen.chunk)
+        gram, cross = jax.vmap(chosen.consumer_done)(consumed)
     else:
-        gram, cross, energy = _over_chunks(consumer_part, (x, h, v), chunk)
+        consumed, energy = _by_half(consumer_part, (x, h, v), chosen.chunk)
+        gram, cross = jax.vmap(chosen.consumer_done)(consumed)
         delta = project(gram.sum(0), cross.sum(0))
-        gram_prev, by_offset = _over_chunks(functools.partial(producer_part, delta=delta), (x, h, v), chunk)
-    outputs = v.shape[-1]
-    cross_prev = by_offset[..., :outputs].transpose(0, 2, 3, 1).reshape(2, inputs, outputs * offsets)
+        produced = _by_half(projected, (x, h, v), chosen.chunk)
+    gram_prev, cross_prev, link = jax.vmap(chosen.producer_done)(produced)
+    identity = jnp.eye(offsets, dtype=dtype)
     return Sums(
-        gram_prev=gram_prev,
-        cross_prev=cross_prev,
+        gram_prev=min(offsets, inputs) * gram_prev,
+        cross_prev=cross_prev.reshape(2, inputs, -1),
         gram=gram,
         cross=cross,
-        link=by_offset[..., outputs:] if linked else None,
+        link=link,
         energy=jnp.trace(energy, axis1=1, axis2=2) if energy_matrix else energy,
-        energy_matrix=jnp.stack([jnp.kron(e, jnp.eye(offsets, dtype=dtype)) for e in energy])
-        if energy_matrix
-        else None,
+        energy_matrix=jax.vmap(jnp.kron, (0, None))(energy, identity) if energy_matrix else None,
     )
 
 
@@ -198,71 +193,31 @@ def linear_move(
     return convolve(channels, fan_out.reshape(offsets * len(omega), -1), consumer)
 
 
-def _producer_rows(x: Array, producer: Window, between: Sequence[Window], live: Array, bias: bool) -> Array:
-    """The producer's patches as an image of the consumer's input, `(2, samples, *space1, D)`."""
-    image = _with_constant(patches(_merged(x), producer), live, bias)
-    for window in between:
-        image = pool_mean(image, window)
-    return image.reshape(*x.shape[:2], *image.shape[1:])
+def _by_half(function: Callable, arrays: tuple[Array, ...], chunk: int):
+    """The sums of `function(*arrays, live)` over chunks of the even samples, and of the odd: axis 0 of every leaf.
 
-
-def _rows(h: Array, consumer: Window, live: Array, bias: bool) -> Array:
-    """The consumer's patches as rows, `(2, rows, H)`."""
-    image = _with_constant(patches(_merged(h), consumer), live, bias)
-    return image.reshape(2, -1, image.shape[-1])
-
-
-def _with_constant(image: Array, live: Array, bias: bool) -> Array:
-    """The image with a channel of ones, zero for the samples that only fill a chunk."""
-    if not bias:
-        return image
-    constant = jnp.broadcast_to(live.reshape(-1, *[1] * (image.ndim - 1)), (*image.shape[:-1], 1))
-    return jnp.concatenate([image, constant], axis=-1)
-
-
-def _by_offset(image: Array, right: Array, consumer: Window) -> Array:
-    """For each offset of the consumer, the sum over its output pixels of what they read times a row: (2, O, D, q)."""
-    seen = patches(_merged(image), consumer).reshape(2, right.shape[1], num_offsets(consumer), image.shape[-1])
-    return jnp.einsum("hnod,hnq->hodq", seen, right, precision="highest")
-
-
-def _gram(a: Array, b: Array) -> Array:
-    return jnp.einsum("hni,hnj->hij", a, b, precision="highest")
-
-
-def _merged(x: Array) -> Array:
-    """(2, samples, ...) as (2 * samples, ...)."""
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _flat(x: Array) -> Array:
-    """(2, samples, *space, C) as (2, rows, C)."""
-    return x.reshape(2, -1, x.shape[-1])
-
-
-def _over_chunks(function: Callable, arrays: tuple[Array, ...], chunk: int):
-    """The sum of `function(*arrays, live)` over chunks of samples, each `(2, chunk / 2, ...)`: even and odd samples.
-
-    The last chunk is filled with zeros; `live` (2, chunk / 2) is 1 for samples and 0 for what fills.
+    Halves pass one after the other, so that chunks are as long as they can be. The last chunk is filled with zeros;
+    `live` (chunk,) is 1 for samples and 0 for what fills.
     """
     num_samples = len(arrays[0])
-    num_chunks = -(-num_samples // chunk)
-    pairs = -(-num_samples // (2 * num_chunks))  # chunks of equal size leave the least to fill
+    pairs = -(-num_samples // 2)
+    num_chunks = -(-pairs // chunk)
+    size = -(-pairs // num_chunks)  # chunks of equal size leave the least to fill
 
     def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 2 * pairs * num_chunks - num_samples)] + [(0, 0)] * (x.ndim - 1))
-        return jnp.swapaxes(x.reshape(num_chunks, pairs, 2, *x.shape[1:]), 1, 2)
+        x = jnp.pad(x, [(0, 2 * size * num_chunks - num_samples)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(num_chunks, size, 2, *x.shape[1:])
 
-    cuts = tuple(cut(x) for x in (*arrays, jnp.ones(num_samples, arrays[0].dtype)))
-    if num_chunks == 1:
-        return function(*(x[0] for x in cuts))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *(x[0] for x in cuts)))
-    return jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, function(*xs)), None), zeros, cuts)[0]
+    def total(index: Array):
+        half = [jax.lax.dynamic_index_in_dim(x, index, 2, keepdims=False) for x in cuts]
+        if num_chunks == 1:
+            return function(*(x[0] for x in half))
+        shapes = jax.eval_shape(function, *(x[0] for x in half))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(lambda sums, xs: (jax.tree.map(jnp.add, sums, function(*xs)), None), zeros, half)[0]
 
-
-def _default_chunk(space: tuple[int, ...], out: tuple[int, ...], inputs: int, offsets: int, columns: int) -> int:
-    per_sample = 2 * int(np.prod(space)) * inputs + int(np.prod(out)) * (offsets * inputs + columns)
-    return max(2, _ENTRIES // per_sample // 2 * 2)
+    cuts = [cut(x) for x in (*arrays, jnp.ones(num_samples, arrays[0].dtype))]
+    return jax.lax.map(total, jnp.arange(2))
 
 
 def _require_shapes(
