@@ -5,7 +5,7 @@ normalisation is the identity on it at that moment: scale = sqrt(var + eps) and 
 on the batch, and the same running statistics, so that training and evaluation agree.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,45 +14,40 @@ from jaxtyping import Array
 
 from tinyjax.capture import record
 from tinyjax.layout import Params
-from tinyjax.site import Norm, Site
-from tinyjax.sites import discover
-from tinyjax.trace import trace
+from tinyjax.site import Norm
+from tinyjax.sites import Path
+from tinyjax.trace import Trace
 from tinyjax.window import Window
 
 Moments = tuple[Array, Array]
 
 
-def response_moments(
-    loss_fn: Callable[..., Any], params: Params, batch: Any, site: Site, alpha: Array, *, has_aux: bool = False
-) -> Moments:
+def response_moments(traced: Trace, path: Path, params: Params, batch: Any, alpha: Array, *, bias: bool) -> Moments:
     """Mean and variance, over samples and pixels, of what new neurons answer to a batch before any normalisation.
 
     One forward pass up to the producer; XLA drops the rest.
 
     Args:
-        loss_fn: the loss.
+        traced: the loss at these shapes.
+        path: the way through the site, from `discover(traced)`.
         params: the parameters.
         batch: a batch.
-        site: a site with a `norm`.
         alpha: (D, k) fan-in, bias row last iff the producer has a bias.
-        has_aux: whether `loss_fn` returns `(loss, aux)`.
+        bias: whether it has one.
 
     Returns:
         mean (k,), variance (k,).
     """
-    traced = trace(loss_fn, params, batch, has_aux=has_aux)
-    (path,) = discover(traced).paths[site.name]
     recorded = record(traced, jax.tree.leaves((params, batch)), [path.producer])
     x = path.producer.inputs.to_matrix(recorded[path.producer.op.path]).astype(alpha.dtype)
-    has_bias = site.producers[0].bias is not None
-    weight = alpha[:-1] if has_bias else alpha
+    weight = alpha[:-1] if bias else alpha
     if path.geometry is None:
         answer = jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST)
     else:
         image = x.reshape(traced.num_samples, *path.geometry.space, -1)
         answer = _convolve(image, weight, path.geometry.producer)
     answer = answer.reshape(-1, alpha.shape[-1])
-    answer = answer + alpha[-1] if has_bias else answer
+    answer = answer + alpha[-1] if bias else answer
     return jnp.mean(answer, axis=0), jnp.var(answer, axis=0)
 
 

@@ -24,9 +24,11 @@ from tinyjax.methods import (
 )
 from tinyjax.scaling import LineSearch
 from tinyjax.site import Site
+from tinyjax.sites import Path
 from tinyjax.slots import free_slots, width
 from tinyjax.statistics import Moments, Statistics, half, keep_halves, moments
 from tinyjax.surgery import add_update, write
+from tinyjax.trace import Trace
 
 Update = Callable[[Statistics], Array]
 Amplitude = Callable[..., LineSearch]
@@ -49,11 +51,21 @@ class Recipe(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A batch and its parts: statistics on three quarters, line searches on the last, acceptance on all."""
+    """A batch and its parts: statistics on three quarters, line searches on the last, acceptance on all.
+
+    Attributes:
+        estimation: the first three quarters.
+        search: the last quarter.
+        whole: all.
+        traced: the loss on the whole batch, where a site is normalised; else None.
+        paths: of the normalised sites, by name.
+    """
 
     estimation: Any
     search: Any
     whole: Any
+    traced: Trace | None = None
+    paths: Mapping[str, Path] = {}
 
 
 def grow_site(
@@ -130,7 +142,8 @@ def _birth(
     """From the amplitude to what a normalisation must hold to be the identity on the neurons."""
     if site.norm is None:
         return lambda gamma: {}
-    moments = response_moments(recipe.loss_fn, params, parts.whole, site, neurons.alpha, has_aux=recipe.has_aux)
+    has_bias = site.producers[0].bias is not None
+    moments = response_moments(parts.traced, parts.paths[site.name], params, parts.whole, neurons.alpha, bias=has_bias)
     return partial(identity_at_birth, site.norm, moments)
 
 

@@ -22,10 +22,11 @@ from tinyjax.methods import Method, best_update, held_out_update, is_function_pr
 from tinyjax.optimizer import reset_grown
 from tinyjax.scaling import fixed, line_search, searches, trusted_search
 from tinyjax.site import Site, Sites, as_sites
+from tinyjax.sites import discover
 from tinyjax.slots import require_growable
 from tinyjax.statistics import Statistics
 from tinyjax.surgery import Trainable, everything
-from tinyjax.trace import batch_size, has_samples
+from tinyjax.trace import batch_size, has_samples, trace
 
 held_out_best_update = partial(best_update, ridge=held_out_update)
 
@@ -97,7 +98,7 @@ def make_grow_step(
     def grow(
         params: Params, batch: Any, opt_state: Any, key: Array | None, neurons: Mapping[str, Array]
     ) -> tuple[Any, ...]:
-        parts = split_batch(batch)
+        parts = _with_paths(split_batch(batch), loss_fn, params, sites, has_aux)
         found = statistics_of(params, parts.estimation)
         current = recipe.loss(params, parts.whole)
         rows = {}
@@ -142,6 +143,16 @@ def make_grow_step(
         return run(params, batch, opt_state, key, neurons)
 
     return grow_step_with_optimizer
+
+
+def _with_paths(parts: Parts, loss_fn: Callable[..., Any], params: Params, sites: Sites, has_aux: bool) -> Parts:
+    """The parts with what births under a normalisation need: the traced loss, and the way through each such site."""
+    normalised = [site for site in sites if site.norm is not None]
+    if not normalised:
+        return parts
+    traced = trace(loss_fn, params, parts.whole, has_aux=has_aux)
+    found = discover(traced).paths
+    return parts._replace(traced=traced, paths={site.name: found[site.name][0] for site in normalised})
 
 
 def split_batch(batch: Any) -> Parts:
