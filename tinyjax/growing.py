@@ -15,6 +15,7 @@ from jaxtyping import Array
 from tinyjax.births import identity_at_birth, response_moments
 from tinyjax.info import Status
 from tinyjax.layout import Params
+from tinyjax.linalg import inner, matmul
 from tinyjax.methods import (
     Method,
     Neurons,
@@ -48,6 +49,13 @@ class Recipe(NamedTuple):
     def loss(self, params: Params, batch: Any) -> Array:
         """The loss without aux."""
         return self.loss_fn(params, batch)[0] if self.has_aux else self.loss_fn(params, batch)
+
+
+class Slopes(NamedTuple):
+    """How fast the loss falls with the amplitude, to first order: of the best update and of the neurons, ()."""
+
+    update: Array
+    neurons: Array
 
 
 class Parts(NamedTuple):
@@ -85,8 +93,9 @@ def grow_site(
     over_layers = _over(site)
     layer_keys = None if key is None else _split_over(site, jax.random.fold_in(key, 0))
 
-    neurons, delta, report = over_layers(partial(_fit, recipe, num_neurons))(statistics, layer_keys)
-    params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before)
+    neurons, delta, report, slopes = over_layers(partial(_fit, recipe, num_neurons))(statistics, layer_keys)
+    unit = partial(_polyak, loss_before)
+    params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before, unit(slopes.update))
 
     norm_at = _birth(recipe, site, parts, params, neurons)
 
@@ -94,7 +103,9 @@ def grow_site(
         signed = neurons._replace(alpha=jnp.sign(gamma) * neurons.alpha, omega=jnp.sign(gamma) * neurons.omega)
         return write(params, site, signed, amplitude=jnp.abs(gamma), limit=wanted, birth=norm_at(gamma))
 
-    found = recipe.amplitude(lambda gamma: recipe.loss(grown(gamma)[0], parts.search), dtype=neurons.alpha.dtype)
+    found = recipe.amplitude(
+        lambda gamma: recipe.loss(grown(gamma)[0], parts.search), dtype=neurons.alpha.dtype, unit=unit(slopes.neurons)
+    )
     candidate, born = grown(found.amplitude)
     loss_grown = recipe.loss(candidate, parts.whole)
     kept = loss_grown <= loss_updated
@@ -148,13 +159,21 @@ def _birth(
 
 
 def _updated(
-    recipe: Recipe, site: Site, parts: Parts, params: Params, delta: Array | None, loss_before: Array
+    recipe: Recipe,
+    site: Site,
+    parts: Parts,
+    params: Params,
+    delta: Array | None,
+    loss_before: Array,
+    unit: Array,
 ) -> tuple[Params, Array, Array]:
     """The parameters after the best update, its amplitude, and the loss of the whole batch."""
     if delta is None:
         return params, jnp.zeros((), loss_before.dtype), loss_before
     moved = partial(add_update, params, site, delta)
-    found = recipe.update_amplitude(lambda gamma: recipe.loss(moved(amplitude=gamma), parts.search), dtype=delta.dtype)
+    found = recipe.update_amplitude(
+        lambda gamma: recipe.loss(moved(amplitude=gamma), parts.search), dtype=delta.dtype, unit=unit
+    )
     candidate = moved(amplitude=found.amplitude)
     loss = recipe.loss(candidate, parts.whole)
     kept = loss <= loss_before
@@ -163,8 +182,8 @@ def _updated(
 
 def _fit(
     recipe: Recipe, num_neurons: int, statistics: Statistics, key: Array | None
-) -> tuple[Neurons, Array | None, dict[str, Array]]:
-    """The neurons and the update of one layer, with bottlenecks and gains at amplitude 1 in the linear model.
+) -> tuple[Neurons, Array | None, dict[str, Array], Slopes]:
+    """The neurons and the update of one layer, with bottlenecks, gains and slopes in the linear model at amplitude 1.
 
     One program fits all samples, the even and the odd ones in turn; what a half found is scored on the other.
     """
@@ -194,7 +213,19 @@ def _fit(
         gain_predicted=predicted,
         gain_held_out=(gain(half(statistics, 1), 1) + gain(half(statistics, 0), 2)) / 2,
     )
-    return first, delta, report
+    zero = jnp.zeros_like(mean.energy)
+    slopes = Slopes(
+        update=zero if delta is None else inner(mean.cross, delta),
+        neurons=inner(mean.cross_prev, matmul(first.alpha, first.omega))
+        + (zero if first.delta is None else inner(mean.cross, first.delta)),
+    )
+    return first, delta, report, slopes
+
+
+def _polyak(loss: Array, slope: Array) -> Array:
+    """The amplitude at which the linear model predicts a loss of zero; 1 where it predicts no change."""
+    total = jnp.abs(jnp.sum(slope))
+    return jnp.where(total > 0, jnp.abs(loss) / jnp.where(total > 0, total, 1), 1).astype(slope.dtype)
 
 
 def skip_site(

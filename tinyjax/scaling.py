@@ -1,8 +1,8 @@
 """How large a growth is: norms of new neurons, and line searches over the amplitude.
 
 The function moves by the amplitude gamma >= 0: alpha and omega by sqrt(gamma) each, an update of existing weights by
-gamma. A search is a function `search(loss_at, *, dtype) -> LineSearch`, where `loss_at` maps a scalar amplitude to the
-loss of the network that would result; `fixed(gamma)` has the same signature and evaluates nothing.
+gamma. A search is a function `search(loss_at, *, dtype, unit) -> LineSearch`, where `loss_at` maps a scalar amplitude
+to the loss of the network that would result; `fixed(gamma)` has the same signature and evaluates nothing.
 """
 
 import functools
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from tinyjax.methods.base import Method, Neurons, declared
@@ -58,7 +59,7 @@ def fixed(gamma: float) -> Callable[..., LineSearch]:
     if gamma < 0:
         raise ValueError(f"`gamma` must be >= 0, got {gamma}")
 
-    def amplitude(loss_at: LossAt, *, dtype: Any) -> LineSearch:
+    def amplitude(loss_at: LossAt, *, dtype: Any, unit: ArrayLike = 1.0) -> LineSearch:
         nan = jnp.full((), jnp.nan, dtype)
         return LineSearch(jnp.full((), gamma, dtype), nan, nan)
 
@@ -70,6 +71,7 @@ def line_search(
     loss_at: LossAt,
     *,
     dtype: Any,
+    unit: ArrayLike = 1.0,
     bracket: tuple[float, float] = (1e-3, 1e1),
     points: int = 12,
     maximum: float = float("inf"),
@@ -84,6 +86,8 @@ def line_search(
     Args:
         loss_at: scalar amplitude -> scalar loss.
         dtype: of the amplitudes.
+        unit: what `bracket` and `maximum` are multiples of, may be traced. An amplitude has the unit of one over the
+            loss; with the amplitude at which the linear model predicts a loss of zero, no choice depends on the unit.
         bracket: first range of amplitudes, both ends positive.
         points: evaluations a round.
         maximum: no amplitude beyond it is considered.
@@ -103,10 +107,13 @@ def line_search(
     if loss.shape != ():
         raise ValueError(f"`loss_at` must return a scalar, got shape {loss.shape}: take the mean over the samples")
 
+    unit = jnp.asarray(unit, dtype)
+    largest = maximum * unit * (1 + 1e-5)  # the end of the grid must not be rounded out of it
+
     def search_round(state: _State) -> _State:
         losses = jax.vmap(loss_at)(state.gammas)
         loss_at_zero = losses[0]
-        losses = jnp.where(jnp.isfinite(losses) & (state.gammas <= maximum), losses, jnp.inf)
+        losses = jnp.where(jnp.isfinite(losses) & (state.gammas <= largest), losses, jnp.inf)
         best = 1 + jnp.argmin(losses[1:])
         better = losses[best] < state.loss
         found = state._replace(
@@ -115,10 +122,10 @@ def line_search(
             loss_at_zero=loss_at_zero,
             round=state.round + 1,
         )
-        return _next_round(found, losses, best, maximum)
+        return _next_round(found, losses, best, largest)
 
     start = _State(
-        gammas=_grid(jnp.asarray(low, dtype), jnp.asarray(high, dtype), points),
+        gammas=_grid(low * unit, high * unit, points),
         amplitude=jnp.zeros((), dtype),
         loss=jnp.full((), jnp.inf, loss.dtype),
         loss_at_zero=jnp.full((), jnp.inf, loss.dtype),
@@ -127,17 +134,19 @@ def line_search(
         done=jnp.zeros((), bool),
     )
     end = jax.lax.while_loop(lambda s: ~s.done, search_round, start)
-    improved = end.loss < end.loss_at_zero  # False where the loss at zero is NaN: then nothing is added
+    # A decrease within rounding is none; False also where the loss at zero is NaN: then nothing is added.
+    rounding = 4 * jnp.finfo(loss.dtype).eps * jnp.abs(end.loss_at_zero)
+    improved = end.loss < end.loss_at_zero - rounding
     amplitude = jnp.where(improved, end.amplitude, 0)
     return LineSearch(amplitude, jnp.where(improved, end.loss, end.loss_at_zero), end.loss_at_zero)
 
 
-def _next_round(state: _State, losses: Array, best: Array, maximum: float) -> _State:
+def _next_round(state: _State, losses: Array, best: Array, largest: Array) -> _State:
     """Moves the bracket when an edge has won, refines when not, ends after a refinement."""
     gammas, last = state.gammas, len(state.gammas) - 1
     low, high = gammas[1], gammas[last]
     lower_edge = (best == 1) & ((losses[1] < losses[2]) | jnp.isinf(losses[1]))
-    upper_edge = (best == last) & (losses[last] < losses[last - 1]) & (high < maximum)
+    upper_edge = (best == last) & (losses[last] < losses[last - 1]) & (high < largest)
     extend = (lower_edge | upper_edge) & ~state.refining & (state.round < _MAX_ROUNDS - 1)
     step = gammas[2] / gammas[1]
     centre = jnp.where(state.amplitude > 0, state.amplitude, gammas[best])
@@ -152,13 +161,13 @@ def _grid(low: Array, high: Array, points: int) -> Array:
     return jnp.concatenate([jnp.zeros((1,), low.dtype), low * (high / low) ** exponents])
 
 
-def trusted_search(loss_at: LossAt, *, dtype: Any) -> LineSearch:
-    """`line_search` no further than amplitude 1, where the activations move as far as V_goal asks.
+def trusted_search(loss_at: LossAt, *, dtype: Any, unit: ArrayLike = 1.0) -> LineSearch:
+    """`line_search` no further than `unit`, where the linear model predicts a loss of zero (Polyak's step).
 
-    The default for the best update. An open search follows a network that already fits its batch to amplitudes of
-    hundreds, which sharpens its outputs on those samples and costs accuracy on others.
+    The default for the best update. An open search follows a network that already fits its batch to amplitudes far
+    beyond it, which sharpens its outputs on those samples and costs accuracy on others.
     """
-    return line_search(loss_at, dtype=dtype, bracket=(1e-3, 1.0), maximum=1.0)
+    return line_search(loss_at, dtype=dtype, unit=unit, bracket=(1e-4, 1.0), maximum=1.0)
 
 
 def twin_search(loss_at: LossAt, *, dtype: Any, **options: Any) -> LineSearch:
