@@ -147,7 +147,14 @@ class Flow:
             return first if first == 2 and self.pools[inside[0]] else None
         if op.name in _SUMS:
             return self._degree_of_sum(op, inside, degrees)
+        if op.name == "select_n":
+            return first if all(self._is_nan(v) for v in op.ins[1:] if v not in self.mixing) else None
         return None
+
+    def _is_nan(self, value: Value) -> bool:
+        """Whether a value is NaN throughout: `jnp.var` returns it for statistics of nothing."""
+        constant = self._wiring.scalar(value)
+        return constant is not None and bool(np.isnan(constant))
 
     def _degree_of_sum(self, op: Op, inside: list[Value], degrees: list[float]) -> float | None:
         if len(inside) == 2:

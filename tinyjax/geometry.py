@@ -81,8 +81,8 @@ def lay_out(
     pixels, space, window, producer = _producer_pixels(axes, producer, samples)
     between = []
     for pool in pools:
-        pixels, pool_window = _pool(axes, pool, pixels, slots)
-        between.append(pool_window)
+        pixels, windows = _pool(axes, pool, pixels)
+        between += windows
     read = [_consumer_pixels(axes, c, pixels, samples, slots) for c in consumers]
     windows = {w for w, _ in read}
     if len(windows) > 1:
@@ -109,8 +109,8 @@ def _producer_pixels(axes: Axes, use: Use, samples: Atom) -> tuple[_Pixels, tupl
     return pixels, tuple(image.shape[d] for d in space), use.window, use
 
 
-def _pool(axes: Axes, op: Op, pixels: _Pixels, slots: Atom) -> tuple[_Pixels, Window]:
-    """The pixels after a pooling or a reduction over pixels, and its window."""
+def _pool(axes: Axes, op: Op, pixels: _Pixels) -> tuple[_Pixels, tuple[Window, ...]]:
+    """The pixels after a pooling or a reduction over pixels, and its windows."""
     rank = len(pixels.shape)
     (value, out), names = (op.ins[0], op.outs[0]), [tuple(roots(axis)) for axis in axes[op.ins[0]]]
     axis_of = {p: names.index(d) for p, d in enumerate(pixels.dimensions) if d and d in names}
@@ -121,7 +121,7 @@ def _pool(axes: Axes, op: Op, pixels: _Pixels, slots: Atom) -> tuple[_Pixels, Wi
         size = tuple(n if axis_of.get(p) in reduced else 1 for p, n in enumerate(pixels.shape))
         window = whole(size)
         dimensions = tuple(() if axis_of.get(p) in reduced else d for p, d in enumerate(pixels.dimensions))
-        return _Pixels(out_shape(pixels.shape, window), dimensions), window
+        return _Pixels(out_shape(pixels.shape, window), dimensions), (window,)
     params = op.params
     dilated = any(d != 1 for d in (*params["base_dilation"], *params["window_dilation"]))
     others = set(range(len(value.shape))) - set(axis_of.values())
@@ -133,7 +133,16 @@ def _pool(axes: Axes, op: Op, pixels: _Pixels, slots: Atom) -> tuple[_Pixels, Wi
 
     window = Window(along("window_dimensions", 1), along("window_strides", 1), along("padding", (0, 0)), (1,) * rank)
     dimensions = tuple(tuple(roots(axes[out][axis_of[p]])) if p in axis_of else () for p in range(rank))
-    return _Pixels(out_shape(pixels.shape, window), dimensions), window
+    windows = _counting_padding(window) if op.name == "reduce_window_sum" else (window,)
+    return _Pixels(out_shape(pixels.shape, window), dimensions), windows
+
+
+def _counting_padding(window: Window) -> tuple[Window, ...]:
+    """A window whose mean counts the zeros outside the image, as two: the first makes them pixels."""
+    rank = len(window.size)
+    if not any(low or high for low, high in window.padding):
+        return (window,)
+    return pixelwise(rank)._replace(padding=window.padding), window._replace(padding=((0, 0),) * rank)
 
 
 def _consumer_pixels(axes: Axes, use: Use, pixels: _Pixels, samples: Atom, slots: Atom) -> tuple[Window, Use]:
