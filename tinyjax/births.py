@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.capture import record
+from tinyjax.judging import Path
 from tinyjax.layout import Params
 from tinyjax.site import Norm
-from tinyjax.sites import Path
 from tinyjax.trace import Trace
 from tinyjax.window import Window
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.capture import Captured, capture
+from tinyjax.judging import Path
 from tinyjax.layout import Layout, Params
 from tinyjax.patches import LINK_LIMIT, Sums, conv_sums
 from tinyjax.separable import coupling
 from tinyjax.site import Site, Sites, as_sites
-from tinyjax.sites import Discovery, Path, discover
+from tinyjax.sites import Discovery, discover
 from tinyjax.slots import consumers_have_bias, matrices, require_growable, width
 from tinyjax.statistics import Statistics, keep_half, merge
 from tinyjax.trace import Trace, batch_size, has_samples, trace

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 
 from tinyjax.atoms import Atom, roots
-from tinyjax.axes import ELEMENTWISE, REDUCTIONS, Axes
+from tinyjax.axes import Axes
+from tinyjax.rules import ELEMENTWISE, REDUCTIONS
 from tinyjax.trace import Graph, Op, Value, behind_loss
-from tinyjax.uses import Use, Wiring, is_view
+from tinyjax.uses import Use
+from tinyjax.wiring import Wiring, is_view
 
 ROW_BY_ROW = ""
 _SUMS = ("add", "add_any", "sub")

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tinyjax.atoms import Atom, root, roots
-from tinyjax.axes import REDUCTIONS, Axes
+from tinyjax.axes import Axes
 from tinyjax.layout import Layout
+from tinyjax.rules import REDUCTIONS
 from tinyjax.trace import Op
 from tinyjax.uses import Use
 from tinyjax.window import Window, out_shape

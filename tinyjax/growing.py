@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from tinyjax.births import identity_at_birth, response_moments
 from tinyjax.info import Status
+from tinyjax.judging import Path
 from tinyjax.layout import Params
 from tinyjax.linalg import inner, matmul
 from tinyjax.methods import (
@@ -25,7 +26,6 @@ from tinyjax.methods import (
 )
 from tinyjax.scaling import LineSearch
 from tinyjax.site import Site
-from tinyjax.sites import Path
 from tinyjax.slots import free_slots, width
 from tinyjax.statistics import Moments, Statistics, half, keep_halves, moments
 from tinyjax.surgery import add_update, write

@@ -12,7 +12,7 @@ from tinyjax.axes import Axes
 from tinyjax.flow import Flow, Meeting
 from tinyjax.site import Norm
 from tinyjax.trace import VIEWS, Op, Value
-from tinyjax.uses import Wiring
+from tinyjax.wiring import Wiring
 
 _ROOTS = frozenset({"sqrt", "rsqrt"})
 _TRANSPARENT = VIEWS | {"broadcast_in_dim"}

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from tinyjax.atoms import root, roots
-from tinyjax.axes import ELEMENTWISE, RANDOM, Axes
+from tinyjax.axes import Axes
+from tinyjax.rules import ELEMENTWISE, RANDOM
 from tinyjax.trace import VIEWS, Graph, Op, Value, behind_loss
 
 # Linear in each operand on its own; `mul` and `div` are linear in the summed operand when the other has no samples.

@@ -1,0 +1,221 @@
+"""Whether a hidden dimension can grow: one producer, aligned consumers, silent empty slots, or the reason why not."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tinyjax.atoms import Atom, root
+from tinyjax.dimensions import Dimensions
+from tinyjax.flow import ROW_BY_ROW, Flow
+from tinyjax.geometry import Geometry, Unaligned, is_rowwise, lay_out
+from tinyjax.layout import Layout
+from tinyjax.norms import find_norm, roles
+from tinyjax.rules import BETWEEN_ACTIVATIONS
+from tinyjax.site import Kernel, Member, Norm, Site
+from tinyjax.trace import Value
+from tinyjax.uses import Use
+
+
+class Path(NamedTuple):
+    """One way through a site: a product that writes the dimension and the products that read it.
+
+    Attributes:
+        producer: the use that writes.
+        consumers: the uses that read, their rows in the order of the producer's.
+        geometry: how rows are pixels of images, or None where all of them are the same rows.
+    """
+
+    producer: Use
+    consumers: tuple[Use, ...]
+    geometry: Geometry | None = None
+
+
+def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
+    """The site of one dimension, still without a name, and the ways through it if it can grow."""
+    producers, consumers = model.producing.get(dimension, []), model.consuming.get(dimension, [])
+    reason = _static_reason(model, dimension, producers, consumers)
+    paths: tuple[Path, ...] = ()
+    found: dict[int, str] = {}
+    norm = None
+    if not reason:
+        reason, paths, found, norm = _paths(model, dimension, producers, consumers)
+    if paths:
+        producers = [path.producer for path in paths]
+        consumers = [consumer for path in paths for consumer in path.consumers]
+    members = tuple(_member(model, leaf, factor, dimension, found) for leaf, factor in model.leaves[dimension])
+    stack = tuple(producers[0].kernel.factors[f] for f in producers[0].kernel.stack) if producers else ()
+    site = Site(
+        name="",
+        capacity=dimension.size,
+        growable=not reason,
+        reason=reason,
+        members=members,
+        producers=_kernels(model, producers, dimension),
+        consumers=_kernels(model, consumers, dimension),
+        stack=stack,
+        norm=norm,
+    )
+    return site, paths
+
+
+def _static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use], consumers: Sequence[Use]) -> str:
+    """Why the dimension cannot grow, as far as the shapes of its kernels tell."""
+    if dimension in model.obstructed:
+        return model.obstructed[dimension]
+    if BETWEEN_ACTIVATIONS in dimension.marks:
+        return BETWEEN_ACTIVATIONS
+    written, read = list(dict.fromkeys(u.leaf for u in producers)), list(dict.fromkeys(u.leaf for u in consumers))
+    both = [leaf for leaf in written if leaf in read]
+    if both:
+        return f"`{both[0]}` both writes and reads it (a recurrence or tied weights)"
+    if len(written) != 1:
+        return f"{len(written)} producers" + (" (a residual stream or a gated unit)" if written else " (an embedding?)")
+    for use in (*producers, *consumers):
+        if use.trouble:
+            return use.trouble
+    if dimension.marks:
+        return next(iter(dimension.marks))
+    for use in producers:
+        if len(use.kernel.cols) != 1:
+            return f"`{use.leaf}` produces it together with another axis (attention heads?)"
+    repeated = [leaf for leaf, _ in model.leaves[dimension]]
+    twice = next((leaf for leaf in repeated if repeated.count(leaf) > 1), None)
+    if twice is not None:
+        return f"it runs twice through `{model.names[twice]}`"
+    return ""
+
+
+def _paths(
+    model: Dimensions, dimension: Atom, producers: Sequence[Use], consumers: Sequence[Use]
+) -> tuple[str, tuple[Path, ...], dict[int, str], Norm | None]:
+    """The aligned producer-consumer pairs, the roles of the vectors met on the way, or why there are none."""
+    paths, found, norms = [], {}, []
+    kernels = (*producers, *consumers)
+    accounted = {use.op for use in kernels}
+    for producer in producers:
+        flow = Flow(model.graph, model.axes, model.wiring, producer, dimension)
+        mine = tuple(c for c in consumers if c.input_value in flow.mixing)
+        if sorted(c.leaf for c in mine) != sorted({c.leaf for c in consumers}):
+            return _refusal("its consumers do not each read the output of one producer operation once")
+        reason = _row_reason(model, producer, mine, flow) or _meeting_reason(model, flow, kernels)
+        if reason:
+            return _refusal(reason)
+        found |= roles(flow)
+        accounted |= {meetings[0].op for meetings in flow.met.values()}
+        bias = None if producer.bias is None else producer.bias.leaf
+        norm, reason = find_norm(flow, model.wiring, model.axes, found, model.names, bias, dimension.size)
+        if norm is not None and (len(producers) > 1 or producer.op.stack):
+            reason = "a batch normalisation inside a scan, or behind a kernel that is used more than once"
+        if reason:
+            return _refusal(reason)
+        norms.append(norm)
+        try:
+            paths.append(_path(model, producer, mine, flow, dimension))
+        except Unaligned as unaligned:
+            return _refusal(str(unaligned))
+    reached = [id(c) for path in paths for c in path.consumers]
+    if len(reached) != len(consumers) or len(set(norms)) > 1:
+        return _refusal("its consumers do not each read the output of one producer operation")
+    known = ("shift", "scale") if norms[0] is None else ("shift", "scale", "mean", "var")
+    for leaf, _ in model.leaves[dimension]:
+        for op, _ in model.entries.get(leaf, ()):
+            if op not in accounted:
+                return _refusal(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
+        if model.names[leaf] not in {u.leaf for u in kernels} and found.get(leaf) not in known:
+            return _refusal(f"`{model.names[leaf]}` is neither a plain shift nor a plain scale (a normalisation?)")
+    return "", tuple(paths), found, norms[0]
+
+
+def _path(model: Dimensions, producer: Use, consumers: tuple[Use, ...], flow: Flow, dimension: Atom) -> Path:
+    """The uses of a path with their rows in one order."""
+    pools = flow.pools[consumers[0].input_value]
+    if is_rowwise(producer, consumers, pools):
+        order = [model.axes.samples, *(a for a in producer.rows if a is not None)]
+        return Path(aligned(producer, order), tuple(aligned(c, order) for c in consumers))
+    geometry, producer, consumers = lay_out(model.axes, producer, consumers, pools, dimension)
+    return Path(producer, consumers, geometry)
+
+
+def _meeting_reason(model: Dimensions, flow: Flow, kernels: Sequence[Use]) -> str:
+    """Why a leaf that the flow met makes the dimension other than a plain hidden layer."""
+    for leaf, meetings in flow.met.items():
+        if model.names[leaf] in {use.leaf for use in kernels}:
+            return f"`{model.names[leaf]}` also enters the model through `{meetings[0].op.name}`"
+        if len(meetings) > 1:
+            return f"`{model.names[leaf]}` acts on it more than once"
+    return ""
+
+
+def _row_reason(model: Dimensions, producer: Use, consumers: Sequence[Use], flow: Flow) -> str:
+    """Why the consumers do not read what the producer wrote, slot by slot, with empty slots at zero."""
+    if len({_tensor(model, c) for c in consumers}) > 1:
+        return "its consumers read different tensors"
+    for consumer in consumers:
+        same_scans = producer.op.scans == consumer.op.scans
+        if not same_scans or len(producer.kernel.stack) != len(consumer.kernel.stack):
+            return f"`{consumer.leaf}` reads it in another scan than `{producer.leaf}` writes it"
+        if flow.mixing[consumer.input_value] != ROW_BY_ROW:
+            return flow.mixing[consumer.input_value]
+        rows = [root(a) for a in consumer.rows if a is not None]
+        if len(set(rows)) != len(rows):
+            return f"`{consumer.leaf}` reads rows that cannot be told apart"
+        if root(model.axes.samples) not in rows:
+            return f"the input of `{consumer.leaf}` does not depend on the samples"
+        culprit = flow.culprit.get(consumer.input_value)
+        if culprit is not None:
+            value = flow.empty.get(consumer.input_value)
+            arrives = "something unknown" if value is None else f"{float(value):.3g}"
+            return f"an empty neuron is not silent: `{culprit}` maps 0 to {arrives} (use sigma(x) - sigma(0))"
+    return ""
+
+
+def _tensor(model: Dimensions, use: Use) -> Value:
+    """The tensor a consumer reads, layout aside."""
+    value = use.input_value
+    while (op := model.wiring.made_by.get(value)) is not None and op.name in (
+        "reshape", "transpose", "squeeze", "convert_element_type", "copy",
+    ):  # fmt: skip
+        value = op.ins[0]
+    return value
+
+
+def _member(model: Dimensions, leaf: int, factor: int, dimension: Atom, found: dict[int, str]) -> Member:
+    _, sizes, numbers = model.factors[leaf]
+    name = model.names[leaf]
+    for uses, role in ((model.producing, "fan_in"), (model.consuming, "fan_out")):
+        for use in uses.get(dimension, []):
+            if use.leaf == name and use.kernel.factors:
+                return Member(_with_slot(use.kernel, factor), role)
+    stack = tuple(f for f, number in enumerate(numbers) if number < model.depth(leaf))
+    rest = tuple(f for f in range(len(sizes)) if f not in (*stack, factor))
+    return Member(Layout(name, sizes, numbers, factor, stack, rest, (factor,)), found.get(leaf, "other"))
+
+
+def _kernels(model: Dimensions, uses: Sequence[Use], dimension: Atom) -> tuple[Kernel, ...]:
+    factor_of = {model.names[leaf]: factor for leaf, factor in model.leaves[dimension]}
+    kernels = {}
+    for use in uses:
+        bias = use.bias if use.bias is None else _with_slot(use.bias, factor_of.get(use.bias.leaf))
+        kernels.setdefault(use.leaf, Kernel(_with_slot(use.kernel, factor_of.get(use.leaf)), bias))
+    return tuple(kernels.values())
+
+
+def aligned(use: Use, order: Sequence[Atom]) -> Use:
+    """The same use with its rows in the order of the given dimensions; scans and axes of length one come last."""
+    position = {root(atom): i for i, atom in reversed(list(enumerate(order)))}
+    ranks = [len(order) if atom is None else position[root(atom)] for atom in use.rows]
+    by_rank = sorted(range(len(ranks)), key=ranks.__getitem__)
+    rows = tuple(use.rows[i] for i in by_rank)
+    layouts = (
+        dataclasses.replace(layout, rows=tuple(layout.rows[i] for i in by_rank)) for layout in (use.inputs, use.outputs)
+    )
+    inputs, outputs = layouts
+    return dataclasses.replace(use, rows=rows, inputs=inputs, outputs=outputs)
+
+
+def _refusal(reason: str) -> tuple[str, tuple[Path, ...], dict[int, str], Norm | None]:
+    return reason, (), {}, None
+
+
+def _with_slot(layout: Layout, slot: int | None) -> Layout:
+    return dataclasses.replace(layout, slot=slot)

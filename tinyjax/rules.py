@@ -1,0 +1,279 @@
+"""Which axes of operands and results are the same dimension: one rule a primitive.
+
+Elementwise operations unify axes, views pass them on, contractions unify the two sides; whatever ties an axis to its
+length (a reduction, an iota, a sort, an unknown primitive) leaves a mark that says so.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tinyjax.atoms import Axis, mark, regroup, unify
+from tinyjax.trace import Op
+
+ELEMENTWISE = frozenset(
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil
+    clamp convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
+    igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not
+    optimization_barrier or polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
+    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient
+    sub tan tanh xor""".split()
+)
+REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
+)
+RANDOM = frozenset(
+    """random_bits random_seed random_fold_in random_split random_clone random_wrap random_unwrap random_gamma
+    threefry2x32 rng_bit_generator rng_uniform""".split()
+)
+# These keep the rank and leave every axis alone but the ones they work along.
+ALONG = frozenset(
+    "cumsum cumprod cummax cummin cumlogsumexp rev sort slice split dynamic_slice dynamic_update_slice pad".split()
+)
+
+
+INPUT = "it is an input of the model"
+BETWEEN_ACTIVATIONS = "it pairs two activations (attention scores?)"
+
+
+class Contraction(NamedTuple):
+    """The axes of a matrix product or convolution, each side in the order of the contraction.
+
+    Attributes:
+        contracted: for (left, right) operand, the axes summed over.
+        free: for (left, right) operand, the axes kept, in the order of the output.
+        batched: for (left, right) operand, the axes paired without summing.
+    """
+
+    contracted: tuple[tuple[int, ...], tuple[int, ...]]
+    free: tuple[tuple[int, ...], tuple[int, ...]]
+    batched: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def contraction(op: Op) -> Contraction:
+    """How a `dot_general` divides the axes of its operands."""
+    (left, right), (left_batch, right_batch) = op.params["dimension_numbers"]
+    free = tuple(
+        tuple(d for d in range(len(value.shape)) if d not in (*summed, *paired))
+        for value, summed, paired in zip(op.ins, (left, right), (left_batch, right_batch))
+    )
+    return Contraction((tuple(left), tuple(right)), (free[0], free[1]), (tuple(left_batch), tuple(right_batch)))
+
+
+Rule = Callable[[Op, list[list[Axis]], list[list[Axis]]], list[list[Axis]]]
+
+
+def _mark_all(axes: Sequence[Sequence[Axis]], why: str) -> None:
+    for tensor in axes:
+        for axis in tensor:
+            mark(axis, why)
+
+
+def unknown(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    """The rule of a primitive nobody has described: its axes keep their lengths."""
+    _mark_all([*ins, *outs], f"it passes through `{op.name}`")
+    return outs
+
+
+def _elementwise(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    for d, size in enumerate(op.outs[0].shape):  # operands have the rank of the result, or are scalars
+        full = [axes[d] for axes, value in zip(ins, op.ins) if value.shape and value.shape[d] == size]
+        for other in full[1:]:
+            unify(full[0], other)
+        outs[0][d] = full[0]
+    return outs
+
+
+def _many_elementwise(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    return ins  # optimization_barrier: as many results as operands
+
+
+def _random(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    _mark_all(outs, "random numbers are drawn along it (dropout?): a wider layer would draw others")
+    return outs
+
+
+def _iota(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    mark(outs[0][op.params["dimension"]], "its positions are numbered (`iota`)")
+    return outs
+
+
+def _broadcast(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    for axis, target in enumerate(op.params["broadcast_dimensions"]):
+        if op.ins[0].shape[axis] == op.outs[0].shape[target]:
+            outs[0][target] = ins[0][axis]
+    return outs
+
+
+def _reshape(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    flat = [atom for axis in ins[0] for atom in axis]
+    axes = regroup(flat, op.outs[0].shape) if 0 not in op.outs[0].shape else None
+    if axes is None:
+        _mark_all([*ins, *outs], "it passes through a `reshape` that does not factor")
+        return outs
+    return [axes]
+
+
+def _transpose(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    return [[ins[0][axis] for axis in op.params["permutation"]]]
+
+
+def _squeeze(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    gone = {axis % len(ins[0]) for axis in op.params["dimensions"]}
+    return [[a for axis, a in enumerate(ins[0]) if axis not in gone]]
+
+
+def _reduce(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    for axis in op.params["axes"]:
+        mark(ins[0][axis], f"its entries are mixed by `{op.name}` (softmax, layer norm, a mean over it?)")
+    return reduce_parameters(op, ins, outs)
+
+
+def reduce_parameters(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    """The rule of a reduction that ties nothing: a penalty on parameters."""
+    gone = op.params["axes"]
+    return [[a for axis, a in enumerate(ins[0]) if axis not in gone] for _ in outs]
+
+
+def _dot(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    sides = contraction(op)
+    left, right = ins
+    for x, y in ((sides.contracted[0], sides.contracted[1]), (sides.batched[0], sides.batched[1])):
+        for a, b in zip(x, y):
+            unify(left[a], right[b])
+    return [[left[d] for d in sides.batched[0]] + [left[d] for d in sides.free[0]] + [right[d] for d in sides.free[1]]]
+
+
+def _convolution(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    numbers, (image, kernel), out = op.params["dimension_numbers"], ins, outs[0]
+    batch, features, *space = numbers.lhs_spec
+    kernel_out, kernel_in, *window = numbers.rhs_spec
+    out_batch, out_features, *out_space = numbers.out_spec
+    out[out_batch] = image[batch]
+    if op.params["feature_group_count"] == 1 and op.params["batch_group_count"] == 1:
+        unify(image[features], kernel[kernel_in])
+        out[out_features] = kernel[kernel_out]
+    else:
+        for axis in (image[features], kernel[kernel_in], kernel[kernel_out], out[out_features]):
+            mark(axis, "it passes through a grouped convolution")
+    for axes, tensor in ((space, image), (window, kernel), (out_space, out)):
+        for d in axes:
+            mark(tensor[d], "it is a spatial axis of a convolution")
+    return outs
+
+
+def _along(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    worked = op.params.get("dimensions", op.params.get("dimension", op.params.get("axis", ())))
+    worked = {worked} if isinstance(worked, int) else set(worked)
+    worked |= {d for d, (low, high, inner) in enumerate(op.params.get("padding_config", ())) if low or high or inner}
+    for d, axis in enumerate(ins[0]):
+        kept = op.ins[0].shape[d] == op.outs[0].shape[d] and d not in worked
+        for operand, value in zip(ins, op.ins):  # sort and dynamic_update_slice have several operands of full rank
+            if operand is not ins[0] and len(operand) == len(ins[0]):
+                kept = kept and value.shape[d] == op.ins[0].shape[d]
+        for tensor in [*ins[1:], *outs]:
+            if len(tensor) != len(ins[0]):
+                continue
+            if kept:
+                unify(axis, tensor[d])
+            else:
+                mark(tensor[d], f"it passes through `{op.name}`")
+        if not kept:
+            mark(axis, f"it passes through `{op.name}`")
+    return outs
+
+
+def _window(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    for d, size in enumerate(op.params["window_dimensions"]):
+        if size == 1 and op.ins[0].shape[d] == op.outs[0].shape[d]:
+            unify(ins[0][d], outs[0][d])
+        else:
+            mark(ins[0][d], f"it passes through `{op.name}`")
+            mark(outs[0][d], f"it passes through `{op.name}`")
+    return outs
+
+
+def _concatenate(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    along = op.params["dimension"]
+    for tensor in ins:
+        for d, axis in enumerate(tensor):
+            if d == along:
+                mark(axis, "it is concatenated with another")
+            else:
+                unify(axis, outs[0][d])
+    mark(outs[0][along], "it is a concatenation")
+    return outs
+
+
+def _gather(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    numbers, table, indices, out = op.params["dimension_numbers"], ins[0], ins[1], outs[0]
+    batching, index_batching = numbers.operand_batching_dims, numbers.start_indices_batching_dims
+    window = [d for d in range(len(table)) if d not in (*numbers.collapsed_slice_dims, *batching)]
+    looked_up = [d for d in range(len(out)) if d not in numbers.offset_dims]
+    kept = set()
+    for target, d in zip(numbers.offset_dims, window):
+        if op.params["slice_sizes"][d] == op.ins[0].shape[d] and d not in numbers.start_index_map:
+            unify(table[d], out[target])  # an embedding lookup keeps its features
+            kept.add(d)
+        else:
+            mark(out[target], "it passes through `gather`")
+    for axis, target in zip(indices[:-1], looked_up):
+        unify(axis, out[target])
+    for d, index_axis in zip(batching, index_batching):
+        unify(table[d], indices[index_axis])
+        kept.add(d)
+    for d, axis in enumerate(table):
+        if d not in kept:
+            mark(axis, "it is indexed (`gather`)")
+    return outs
+
+
+def _scan_in(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    mark(ins[0][0], "it counts the steps of a scan")
+    return [ins[0][1:]]
+
+
+def _scan_out(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    mark(outs[0][0], "it counts the steps of a scan")
+    return [[outs[0][0], *ins[0]]]
+
+
+def _stack(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    new = op.params["axis"] % len(outs[0])
+    mark(outs[0][new], "it is a stack of tensors")
+    for tensor in ins:
+        for x, y in zip(ins[0], tensor):
+            unify(x, y)
+    return [[*ins[0][:new], outs[0][new], *ins[0][new:]]]
+
+
+def _unstack(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    gone = op.params["axis"] % len(ins[0])
+    mark(ins[0][gone], "it passes through `unstack`")
+    return [[*ins[0][:gone], *ins[0][gone + 1 :]] for _ in outs]
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(REDUCTIONS, _reduce),
+    **dict.fromkeys(RANDOM, _random),
+    **dict.fromkeys(ALONG, _along),
+    **dict.fromkeys(
+        ("reduce_window_max", "reduce_window_min", "reduce_window_sum", "reduce_window", "reduce_and_window"), _window
+    ),
+    "optimization_barrier": _many_elementwise,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "iota": _iota,
+    "dot_general": _dot,
+    "conv_general_dilated": _convolution,
+    "concatenate": _concatenate,
+    "gather": _gather,
+    "scan_carry": _elementwise,
+    "cond_out": _elementwise,
+    "scan_in": _scan_in,
+    "scan_out": _scan_out,
+    "stack": _stack,
+    "unstack": _unstack,
+}
