@@ -36,6 +36,7 @@ from rich.table import Table
 
 import tinyjax
 from tinyjax import data, methods, plot
+from tinyjax.layout import named_leaves
 from tinyjax.models import MLP
 from tinyjax.site import resized
 
@@ -87,12 +88,14 @@ def prepare(config: argparse.Namespace) -> Setup:
     }
     model = MLP(widths=tuple(config.widths), num_classes=dataset.num_classes)
 
+    def logits(params: Any, batch: data.Batch) -> Any:
+        return model.apply(params, batch.image)
+
     def loss_fn(params: Any, batch: data.Batch) -> jax.Array:
-        logits = model.apply(params, batch.image)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch), batch.label).mean()
 
     def accuracy(params: Any, batch: data.Batch) -> jax.Array:
-        return jnp.mean(model.apply(params, batch.image).argmax(-1) == batch.label)
+        return jnp.mean(logits(params, batch).argmax(-1) == batch.label)
 
     def init(key: jax.Array) -> Any:
         return model.init(key, splits["train"].image[:1])
@@ -101,7 +104,7 @@ def prepare(config: argparse.Namespace) -> Setup:
         """A network of the starting widths, initialised as such, then given room."""
         small = MLP(widths=(config.start,) * len(config.widths), num_classes=dataset.num_classes)
         params = small.init(key, splits["train"].image[:1])
-        own_sites = resized(sites, dict.fromkeys(sites.names, config.start))
+        own_sites = resized(sites, {name: config.start for name in sites.names})
         return tinyjax.resize(params, own_sites, {site.name: site.capacity for site in sites})[0]
 
     params = jax.eval_shape(init, jax.random.key(0))
@@ -259,8 +262,9 @@ def write_results(setup: Setup, results: dict[str, list[Run]]) -> None:
                 file.write(json.dumps(line) + "\n")
     grown = results["grown"][0]
     compact, widths = tinyjax.compact(grown.params, setup.sites)
-    leaves = {name: np.asarray(leaf) for name, leaf in tinyjax.layout.named_leaves(compact).items()}
-    np.savez(out / "final.npz", **leaves, **{f"width/{name}": np.asarray(w) for name, w in widths.items()})
+    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(compact).items()}
+    arrays: dict[str, Any] = leaves | {f"width/{name}": np.asarray(w) for name, w in widths.items()}
+    np.savez(out / "final.npz", **arrays)
     references = {name: results[name][0].records[-1]["test_accuracy"] for name in CONTROLS}
     plot.growth_curves(grown.records, references=references).savefig(out / "figure.png", dpi=150)
     CONSOLE.print(f"Wrote log.jsonl, figure.png and final.npz to {out}/", highlight=False)
@@ -270,7 +274,7 @@ COMPILES = [0]
 
 
 def count_compiles() -> None:
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         COMPILES[0] += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -290,7 +294,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from --seed on")
     parser.add_argument("--out", default="results")
     config = parser.parse_args(arguments)
-    config.epochs = config.epochs or EPOCHS[config.dataset]
+    config.epochs = EPOCHS[config.dataset] if config.epochs is None else config.epochs
     if min(config.widths) < config.start or config.start < 1:
         parser.error(f"--start {config.start} must be between 1 and the smallest of --widths {config.widths}")
     if config.seeds < 1 or config.epochs < 1 or config.batch_size < 1:

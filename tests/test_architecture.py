@@ -16,7 +16,7 @@ LEVELS = [
     ["capture", "flow", "geometry"],
     ["norms", "dimensions"],
     ["judging"],
-    ["sites"],
+    ["sites", "sums"],
     ["estimate", "births"],
     ["growing", "diagnosis"],
     ["growth"],

@@ -65,15 +65,13 @@ class Parts(NamedTuple):
         estimation: the first three quarters.
         search: the last quarter.
         whole: all.
-        traced: the loss on the whole batch, where a site is normalised; else None.
-        paths: of the normalised sites, by name.
+        normalised: the loss traced on the whole batch, and its paths by site name; None where no site is normalised.
     """
 
     estimation: Any
     search: Any
     whole: Any
-    traced: Trace | None = None
-    paths: Mapping[str, Path] = {}
+    normalised: tuple[Trace, Mapping[str, Path]] | None = None
 
 
 def grow_site(
@@ -151,10 +149,11 @@ def _birth(
     recipe: Recipe, site: Site, parts: Parts, params: Params, neurons: Neurons
 ) -> Callable[[Array], Mapping[str, Array]]:
     """From the amplitude to what a normalisation must hold to be the identity on the neurons."""
-    if site.norm is None:
+    if site.norm is None or parts.normalised is None:
         return lambda gamma: {}
+    traced, paths = parts.normalised
     has_bias = site.producers[0].bias is not None
-    moments = response_moments(parts.traced, parts.paths[site.name], params, parts.whole, neurons.alpha, bias=has_bias)
+    moments = response_moments(traced, paths[site.name], params, parts.whole, neurons.alpha, bias=has_bias)
     return partial(identity_at_birth, site.norm, moments)
 
 

@@ -147,12 +147,10 @@ def make_grow_step(
 
 def _with_paths(parts: Parts, loss_fn: Callable[..., Any], params: Params, sites: Sites, has_aux: bool) -> Parts:
     """The parts with what births under a normalisation need: the traced loss, and the way through each such site."""
-    normalised = [site for site in sites if site.norm is not None]
-    if not normalised:
+    if not any(site.norm is not None for site in sites):
         return parts
     traced = trace(loss_fn, params, parts.whole, has_aux=has_aux)
-    found = discover(traced).paths
-    return parts._replace(traced=traced, paths={site.name: found[site.name][0] for site in normalised})
+    return parts._replace(normalised=(traced, {name: paths[0] for name, paths in discover(traced).paths.items()}))
 
 
 def split_batch(batch: Any) -> Parts:

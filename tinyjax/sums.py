@@ -1,0 +1,114 @@
+"""From captured arrays to the record of sums of one site."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.capture import Captured
+from tinyjax.judging import Path
+from tinyjax.layout import Layout, Params
+from tinyjax.patches import Sums, conv_sums
+from tinyjax.site import Site
+from tinyjax.slots import consumers_have_bias, matrices, width
+from tinyjax.statistics import Statistics
+from tinyjax.uses import Use
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def site_sums(
+    params: Params, site: Site, paths: Sequence[Path], captured: Captured, num_samples: int, energy_matrix: bool
+) -> Statistics:
+    """The record of one site from what its paths captured; a leaf used twice adds its rows.
+
+    Raises:
+        ValueError: for a kernel used more than once at a site too wide for its `link` to be kept.
+    """
+    parts = [_path_sums(site, path, captured, num_samples, energy_matrix) for path in paths]
+    if len(parts) > 1 and any(part.link is None for part in parts):
+        raise ValueError(f"site `{site.name}` is too wide for a kernel that is used {len(parts)} times")
+    total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
+    weight_prev, weight = matrices(params, site)
+    dtype = total.energy.dtype
+    return Statistics(
+        count=jnp.broadcast_to(jnp.array([(num_samples + 1) // 2, num_samples // 2], dtype), (*site.stack, 2)),
+        **total._asdict(),
+        weight_prev=weight_prev.astype(dtype),
+        weight=weight.astype(dtype),
+        width=jnp.broadcast_to(width(params, site), site.stack),
+        bias_prev=site.producers[0].bias is not None,
+        bias=consumers_have_bias(site),
+    )
+
+
+def _path_sums(site: Site, path: Path, captured: Captured, num_samples: int, energy_matrix: bool) -> Sums:
+    """The sums of one path: rows with rows, or images through their windows."""
+    x = _matrix(path.producer.inputs, captured.inputs[path.producer.op.path])
+    first = path.consumers[0]
+    h = _matrix(first.inputs, captured.inputs[first.op.path])
+    goals = [_matrix(c.outputs, captured.gradients[c.op.path]) for c in _in_order(path, site)]
+    v = -num_samples * jnp.concatenate(goals, axis=-1)
+    bias_prev, bias = site.producers[0].bias is not None, consumers_have_bias(site)
+    if path.geometry is None:
+        return row_sums(x, h, v, num_samples, bias_prev=bias_prev, bias=bias, energy_matrix=energy_matrix)
+    geometry = path.geometry
+    return conv_sums(
+        x.reshape(num_samples, *geometry.space, -1),
+        h.reshape(num_samples, *geometry.hidden, -1),
+        v.reshape(num_samples, *geometry.out, -1),
+        geometry.producer,
+        geometry.consumer,
+        between=geometry.between,
+        bias_prev=bias_prev,
+        bias=bias,
+        energy_matrix=energy_matrix,
+    )
+
+
+def row_sums(
+    x: Array, h: Array, v: Array, num_samples: int, *, bias_prev: bool, bias: bool, energy_matrix: bool
+) -> Sums:
+    """The sums of a pair of matrix products: x `(*stack, rows, D)`, h `(*stack, rows, H)`, v `(*stack, rows, Q)`."""
+    b_prev, b = _with_constant(x, bias_prev), _with_constant(h, bias)
+    b_prev, b, v = (_halves(array, num_samples) for array in (b_prev, b, v))
+    return Sums(
+        gram_prev=_gram(b_prev, b_prev),
+        cross_prev=_gram(b_prev, v),
+        gram=_gram(b, b),
+        cross=_gram(b, v),
+        link=_gram(b_prev, b)[..., None, :, :],
+        energy=jnp.sum(v**2, axis=(-2, -1)),
+        energy_matrix=_gram(v, v) if energy_matrix else None,
+    )
+
+
+def _in_order(path: Path, site: Site) -> list[Use]:
+    """The consumers of a path in the order of the site's kernels."""
+    by_leaf = {consumer.leaf: consumer for consumer in path.consumers}
+    return [by_leaf[kernel.leaf] for kernel in site.consumers]
+
+
+def _matrix(layout: Layout, array: Array) -> Array:
+    """A captured array as `(*stack, rows, cols)`, in float32 at least."""
+    return layout.to_matrix(array).astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _with_constant(x: Array, bias: bool) -> Array:
+    return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1) if bias else x
+
+
+def _halves(x: Array, num_samples: int) -> Array:
+    """`(*stack, samples * positions, cols)` as `(*stack, 2, rows, cols)`: even samples, odd samples (zeros to even)."""
+    *lead, _, cols = x.shape
+    depth = len(lead)
+    x = x.reshape(*lead, num_samples, -1, cols)
+    if num_samples % 2:
+        x = jnp.pad(x, [(0, 0)] * depth + [(0, 1), (0, 0), (0, 0)])
+    x = x.reshape(*lead, -1, 2, x.shape[-2], cols)
+    return jnp.moveaxis(x, depth + 1, depth).reshape(*lead, 2, -1, cols)
+
+
+def _gram(x: Array, y: Array) -> Array:
+    return jnp.einsum("...ni,...nj->...ij", x, y, precision=_HIGHEST)
