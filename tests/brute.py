@@ -60,7 +60,8 @@ def inspect(model: Any, slope: float = 1.0) -> dict[str, Report]:
             alpha = jax.random.normal(
                 ka, (*site.stack, rows(producer) + (producer.bias is not None), 1), start_dtype(params)
             )
-            omega = jax.random.normal(ko, (*site.stack, 1, sum(rows(c) // site.capacity * cols(c) for c in site.consumers)), start_dtype(params))
+            fan_out = sum(rows(c) // site.capacity * cols(c) for c in site.consumers)
+            omega = jax.random.normal(ko, (*site.stack, 1, fan_out), start_dtype(params))
             drawn[site.name] = alpha, omega
 
             def add(a: Any, o: Any, g: Any, start: Any = start, site: Any = site) -> Any:
