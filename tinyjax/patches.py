@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import matmul, solve
-from tinyjax.pair import Pair, Sizes, Way, choose
-from tinyjax.window import Window, num_offsets, out_shape, pool_mean
+from tinyjax.methods.tiny_conv_als import ConvProblem
+from tinyjax.pair import Pair, Sizes, Way, choose, producer_image
+from tinyjax.window import Window, convolve, num_offsets, out_shape, patches, pool_mean
 
 LINK_LIMIT = 2**24  # entries of one half of `link`: 64 MiB in float32
 
@@ -111,8 +112,7 @@ def conv_sums(
         return consumer_part(x, h, v, live), chosen.producer(x, h, v, live)
 
     def projected(x: Array, h: Array, v: Array, live: Array):
-        move = convolve(h, delta[:-1], consumer) + delta[-1] if bias else convolve(h, delta, consumer)
-        return chosen.producer(x, None, (v - move) * live.reshape(-1, *[1] * (v.ndim - 1)), live)
+        return chosen.producer(x, None, _residual(h, v, live, delta, pair), live)
 
     if linked:
         (consumed, energy), produced = _by_half(both, (x, h, v), chosen.chunk)
@@ -135,29 +135,46 @@ def conv_sums(
     )
 
 
-def convolve(x: Array, matrix: Array, window: Window) -> Array:
-    """The convolution whose kernel is a matrix, `patches(x, window) @ matrix`, without forming the patches.
+def conv_problem(
+    x: Array,
+    h: Array,
+    v: Array,
+    producer: Window,
+    consumer: Window,
+    *,
+    bias_prev: bool,
+    bias: bool,
+    between: Sequence[Window] = (),
+    chunk: int | None = None,
+    project: Callable[[Array, Array], Array] = solve,
+) -> ConvProblem:
+    """The bottleneck of a convolution without the approximation of lemma C.2, for `tiny_conv_als`.
 
-    Args:
-        x: (n, *space, C).
-        matrix: (prod(size) * C, k), rows ordered (kh, kw, C).
-        window: geometry of the convolution.
+    Its square matrix has O D rows: for thin layers. Arguments as for `conv_sums`; `project` gives the update whose
+    residual new channels are to explain.
 
-    Returns:
-        (n, *out, k).
+    Example:
+        >>> problem = conv_problem(x, h, v, window, window, bias_prev=True, bias=True)
     """
-    axes = tuple(range(1, 1 + len(window.size)))
-    outer = 1 + len(axes)
-    kernel = matrix.reshape(*window.size, x.shape[-1], -1)
-    numbers = jax.lax.ConvDimensionNumbers((0, outer, *axes), (outer, outer - 1, *range(outer - 1)), (0, outer, *axes))
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window.strides,
-        window.padding,
-        rhs_dilation=window.dilation,
-        dimension_numbers=numbers,
-        precision=jax.lax.Precision.HIGHEST,
+    sums = conv_sums(
+        x, h, v, producer, consumer, bias_prev=bias_prev, bias=bias, between=between, chunk=chunk, project=project
+    )
+    pair = Pair(x.shape[1:-1], producer, tuple(between), consumer, bias_prev, bias)
+    delta = project(sums.gram.sum(0), sums.cross.sum(0))
+    offsets, (_, inputs) = num_offsets(consumer), sums.gram_prev.shape[1:]
+    x, h, v = (a.astype(delta.dtype) for a in (x, h, v))
+
+    def part(x: Array, h: Array, v: Array, live: Array):
+        left = _residual(h, v, live, delta, pair).reshape(-1, v.shape[-1])
+        seen = patches(producer_image(pair, x, live), consumer).reshape(len(left), -1)
+        return matmul(seen.T, seen), matmul(seen.T, left), jnp.sum(left**2)
+
+    size = chunk or choose(pair, Sizes(len(x), x.shape[-1], h.shape[-1], v.shape[-1], linked=True), None).chunk
+    gram, cross, energy = (total.sum(0) / len(x) for total in _by_half(part, (x, h, v), size))
+    return ConvProblem(
+        gram=gram.reshape(offsets, inputs, offsets, inputs),
+        cross=cross.reshape(offsets, inputs, -1).transpose(1, 2, 0),
+        energy=energy,
     )
 
 
@@ -191,6 +208,12 @@ def linear_move(
     offsets = num_offsets(consumer)
     fan_out = omega.reshape(len(omega), -1, offsets).transpose(2, 0, 1)  # rows of a patch are (offset, channel)
     return convolve(channels, fan_out.reshape(offsets * len(omega), -1), consumer)
+
+
+def _residual(h: Array, v: Array, live: Array, delta: Array, pair: Pair) -> Array:
+    """What an update of the consumer leaves of V_goal; zero for samples that fill a chunk."""
+    move = convolve(h, delta[:-1], pair.consumer) + delta[-1] if pair.bias else convolve(h, delta, pair.consumer)
+    return (v - move) * live.reshape(-1, *[1] * (v.ndim - 1))
 
 
 def _by_half(function: Callable, arrays: tuple[Array, ...], chunk: int):

@@ -108,6 +108,32 @@ def patches(x: Array, window: Window) -> Array:
     return x.reshape(len(x), *shape, -1)
 
 
+def convolve(x: Array, matrix: Array, window: Window) -> Array:
+    """The convolution whose kernel is a matrix, `patches(x, window) @ matrix`, without forming the patches.
+
+    Args:
+        x: (n, *space, C).
+        matrix: (prod(size) * C, k), rows ordered (kh, kw, C).
+        window: geometry of the convolution.
+
+    Returns:
+        (n, *out, k).
+    """
+    axes = tuple(range(1, 1 + len(window.size)))
+    outer = 1 + len(axes)
+    kernel = matrix.reshape(*window.size, x.shape[-1], -1)
+    numbers = jax.lax.ConvDimensionNumbers((0, outer, *axes), (outer, outer - 1, *range(outer - 1)), (0, outer, *axes))
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window.strides,
+        window.padding,
+        rhs_dilation=window.dilation,
+        dimension_numbers=numbers,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
 def pool_mean(x: Array, window: Window) -> Array:
     """The mean over each window, of its pixels inside the image: (n, *out, C).
 
