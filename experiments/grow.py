@@ -171,9 +171,11 @@ def run(setup: Setup, name: str, grow: Callable[..., Any] | None, seed: int, *, 
         if grow is not None and added:
             key, growth_key = jax.random.split(key)
             params, opt_state, info = grow(params, setup.splits["train"], opt_state, growth_key, added)
-            widths = {name: w + added.get(name, 0) for name, w in widths.items()}
             if not fixed:
                 tinyjax.check(info)
+                widths = {name: int(w) for name, w in info.width.items()}
+            else:  # the twin keeps the grown network's calendar
+                widths = {name: w + added.get(name, 0) for name, w in widths.items()}
             seconds, compiled = time.perf_counter() - began, COMPILES[0] - compiles
             grown = record(setup, name, seed, step, params, info=info)
             records.append(grown | {"seconds": seconds, "compiles": compiled})

@@ -131,8 +131,9 @@ def test_vmap_grows_an_ensemble():
 
 def test_refresh_estimates_before_every_site():
     params, batch, sites = make()
-    once = tinyjax.make_grow_step(loss_fn, sites, num_neurons=2)(params, batch)[1]
-    again = tinyjax.make_grow_step(loss_fn, sites, num_neurons=2, refresh=True)(params, batch)[1]
+    moving = dict(num_neurons=2, update=tinyjax.best_update, update_amplitude=tinyjax.fixed(0.1))
+    once = tinyjax.make_grow_step(loss_fn, sites, **moving)(params, batch)[1]
+    again = tinyjax.make_grow_step(loss_fn, sites, refresh=True, **moving)(params, batch)[1]
     np.testing.assert_allclose(once.psi_before["0"], again.psi_before["0"], rtol=1e-12)
     assert once.psi_before["1"] != again.psi_before["1"]
 

@@ -124,7 +124,7 @@ def grow_site(
     status = _first_true(
         (~finite, Status.NON_FINITE),
         (wanted > free, Status.NO_FREE_SLOT),
-        ((total < wanted) & (_num_neurons(neurons) < wanted), Status.BEYOND_RANK),
+        ((total < wanted) & kept & jnp.asarray(recipe.fill is None), Status.BEYOND_RANK),
         (total < wanted, Status.REJECTED),
     )
     params = _select(finite, params, start)
@@ -255,12 +255,6 @@ def skip_site(
 
 def _call(method: Method, num_neurons: int, statistics: Statistics, key: Array | None) -> Neurons:
     return method(statistics, num_neurons=num_neurons, key=key)
-
-
-def _num_neurons(neurons: Neurons) -> Array:
-    """How many neurons of a method are not empty, in the layer with the most."""
-    sides = jnp.any(neurons.alpha != 0, axis=-2) | jnp.any(neurons.omega != 0, axis=-1)
-    return jnp.max(jnp.sum(sides, axis=-1))
 
 
 def _over(site: Site) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

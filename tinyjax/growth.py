@@ -62,7 +62,7 @@ def make_grow_step(
         method: from statistics to neurons.
         update: from statistics to the update of the consumer's existing weights; None for none.
         amplitude: of the neurons; default `line_search`, or 1 for a method that keeps the function.
-        update_amplitude: of the update; by default searched for up to where the linear model predicts a loss of 0.
+        update_amplitude: of the update; by default `trusted_search`, an early stop.
         fill: a method that keeps the function, for the slots left empty; None leaves them empty.
         optimizer: an Optax optimizer whose state travels along; newborn slots start afresh (wrap it in `with_birth`).
         trainable: the part of the parameters that the optimizer sees.

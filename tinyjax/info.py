@@ -7,7 +7,11 @@ from jaxtyping import Array
 
 
 class Status(enum.IntEnum):
-    """What became of a growth."""
+    """What became of a growth.
+
+    `REJECTED` also stands for slots that even the filler could not use: neurons that would read nothing but inputs that
+    never vary (a dead layer before).
+    """
 
     GROWN = 0
     SKIPPED = 1
