@@ -17,7 +17,7 @@ from tinyjax.judging import Path
 from tinyjax.layout import Params
 from tinyjax.site import Norm
 from tinyjax.trace import Trace
-from tinyjax.window import Window
+from tinyjax.window import convolve
 
 Moments = tuple[Array, Array]
 
@@ -45,7 +45,7 @@ def response_moments(traced: Trace, path: Path, params: Params, batch: Any, alph
         answer = jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST)
     else:
         image = x.reshape(traced.num_samples, *path.geometry.space, -1)
-        answer = _convolve(image, weight, path.geometry.producer)
+        answer = convolve(image, weight, path.geometry.producer)
     answer = answer.reshape(-1, alpha.shape[-1])
     answer = answer + alpha[-1] if bias else answer
     return jnp.mean(answer, axis=0), jnp.var(answer, axis=0)
@@ -67,17 +67,3 @@ def identity_at_birth(norm: Norm, moments: Moments, gamma: Array) -> Mapping[str
     values = {norm.scale: jnp.sqrt(variance + norm.epsilon), norm.shift: mean}
     values |= {} if norm.mean is None else {norm.mean: mean}
     return values | ({} if norm.var is None else {norm.var: variance})
-
-
-def _convolve(x: Array, weight: Array, window: Window) -> Array:
-    """The convolution of an image (n, *space, C) with a matrix (prod(size) * C, k): (n, *out, k)."""
-    spatial = "HWD"[: len(window.size)]
-    return jax.lax.conv_general_dilated(
-        x,
-        weight.reshape(*window.size, x.shape[-1], -1),
-        window.strides,
-        window.padding,
-        rhs_dilation=window.dilation,
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        precision=jax.lax.Precision.HIGHEST,
-    )

@@ -27,6 +27,10 @@ from tinyjax.methods.ridge import held_out as held_out
 from tinyjax.methods.ridge import held_out_update as held_out_update
 from tinyjax.methods.tiny import tiny as tiny
 from tinyjax.methods.tiny0 import tiny0 as tiny0
+from tinyjax.methods.tiny_conv_als import ConvGains as ConvGains
+from tinyjax.methods.tiny_conv_als import ConvProblem as ConvProblem
+from tinyjax.methods.tiny_conv_als import conv_gains as conv_gains
+from tinyjax.methods.tiny_conv_als import tiny_conv_als as tiny_conv_als
 from tinyjax.methods.tiny_joint import held_out_joint as held_out_joint
 from tinyjax.methods.tiny_joint import tiny_joint as tiny_joint
 from tinyjax.methods.tiny_unprojected import held_out_unprojected as held_out_unprojected
