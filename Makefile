@@ -1,6 +1,7 @@
 # make run     trains and grows the demo: creates .venv, installs, runs `python -m experiments.grow`
 # make test    the fast tests (make test-all: the slow ones too)
 # make lint    format, lint and type check
+# make notebooks   run the notebooks, without changing them
 # Another Python gets an environment of its own: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?= -q -n auto --maxprocesses 4
 
-.PHONY: run test test-all lint format clean
+.PHONY: run test test-all lint format notebooks clean
 
 run: $(VENV)/.demo
 	$(BIN)/python -m experiments.grow $(ARGS)
@@ -23,6 +24,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+notebooks: $(VENV)/.dev
+	$(BIN)/jupyter execute notebooks/*.ipynb
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
