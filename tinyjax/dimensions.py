@@ -60,7 +60,7 @@ class Dimensions:
     def is_hidden(self, dimension: Atom) -> bool:
         """Whether a dimension lies inside the model: neither its input nor its output."""
         produced, consumed = dimension in self.producing, dimension in self.consuming
-        if produced and consumed:
+        if produced and (consumed or dimension in self.obstructed):
             return True
         if produced and any(self.feeds(use) for use in self.producing[dimension]):
             return True

@@ -65,13 +65,14 @@ def _role(flow: Flow, meeting: Meeting) -> str:
     if through & _ROOTS:
         return "var"
     summed = op.name in ("add", "add_any", "sub")
-    if summed and flow.pools_met(op) and not through - _TRANSPARENT - {"mul"}:
+    averaged = bool(flow.modulated and flow.pools_met(op))  # a statistic of a normalisation, not a pooled activation
+    if summed and averaged and not through - _TRANSPARENT - {"mul"}:
         # a running average, times its momentum, and its new term
         return {1.0: "mean", 2.0: "var"}.get(flow.degree_met(op) or 0.0, "other")
     if through - _TRANSPARENT and not flow.meets_root(op):
         return "other"  # 1 + s, exp(s), ...: what an empty or a newborn slot should hold is not known
     if summed:
-        return "other" if flow.pools_met(op) else "shift"
+        return "other" if averaged else "shift"
     return "scale" if op.name in ("mul", "div") else "other"
 
 
