@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import tinyjax
+from experiments import grow
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -74,7 +75,7 @@ def test_every_name_exists():
 
 def test_the_long_forms_are_what_make_does():
     """The commands beside `make run` and `make test` install the extras and start the modules of the Makefile."""
-    (commands,) = blocks("sh")
+    commands, _ = blocks("sh")
     makefile = (ROOT / "Makefile").read_text()
     options = re.search(r"PYTEST_ARGS \?= (.*)", makefile)[1]
     run, test = commands.splitlines()
@@ -86,4 +87,9 @@ def test_the_long_forms_are_what_make_does():
 def test_every_file_it_names_is_there():
     for name in ("CITATION.cff", "LICENSE", "Makefile", "experiments/grow.py"):
         assert (ROOT / name).exists()
-    assert "<!-- results -->" in TEXT
+
+
+def test_the_commands_of_the_results_are_understood():
+    _, results = blocks("sh")
+    for arguments in re.findall(r'ARGS="(.*)"', results):
+        assert grow.parse(arguments.split()).seeds == 5
