@@ -316,3 +316,17 @@ def test_an_activation_that_is_not_silent_at_zero_is_refused_when_the_loss_is_fi
         tinyjax.make_grow_step(sigmoid_loss, sites, num_neurons=2)(params, batch)
     with pytest.raises(ValueError, match=r"site `0` cannot grow"):
         tinyjax.make_grow_step(sigmoid_loss, found, num_neurons=2)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_unit_of_the_loss_changes_nothing(scale):
+    """Law 4: with the amplitudes searched in their own unit, the grown function is the same."""
+    params, batch, sites = make()
+    batch = {**batch, "y": (batch["x"][:, 0] > 0).astype(int)}  # simple enough for 72 samples to say what 24 want
+    grown = []
+    for c in (1.0, scale):
+        grow_step = tinyjax.make_grow_step(lambda p, b, c=c: c * loss_fn(p, b), sites["1"], num_neurons=2)
+        new, info = jax.jit(grow_step)(params, batch, jax.random.key(0))
+        grown.append((forward(new, batch["x"]), info.written["1"], info.amplitude_update["1"] * c))
+    assert grown[0][1] > 0 and grown[0][2] > 0
+    chex.assert_trees_all_close(grown[0], grown[1], rtol=1e-6)
