@@ -186,7 +186,7 @@ def test_birth_sets_the_vectors_of_the_written_slots_only():
     neurons = fill(example, site, 1)
     new, _ = write(params, site, neurons, amplitude=1.0)
     assert (new["params"]["scale"][2], new["stats"]["var"][2], new["stats"]["var"][3]) == (1, 1, 1e-8)
-    birth = {"stats/mean": jnp.arange(4.0), "params/shift": 7.0}
+    birth = {"stats/mean": jnp.array([2.0]), "params/shift": 7.0}  # one value a neuron, or one for all
     new, _ = write(params, site, neurons, amplitude=1.0, birth=birth)
     assert new["stats"]["mean"].tolist() == [*params["stats"]["mean"][:2].tolist(), 2.0, 0.0]
     assert new["params"]["shift"].tolist() == [*params["params"]["shift"][:2].tolist(), 7.0, 0.0]
