@@ -133,7 +133,13 @@ def case(request) -> Case:
     sites = tinyjax.find_sites(loss_fn, full, BATCH)
     thin = tinyjax.thin(full, sites, START)
     grow_step = tinyjax.make_grow_step(
-        loss_fn, sites, num_neurons=GROWN - START, method=tinyjax.tiny, fill=None, amplitude=tinyjax.twin_search
+        loss_fn,
+        sites,
+        num_neurons=GROWN - START,
+        method=tinyjax.tiny_unprojected,  # a descent direction without the update
+        update=None,
+        fill=None,
+        amplitude=tinyjax.twin_search,
     )
     grown, info = grow_step(thin, BATCH)
     return Case(request.param, build, model, loss_fn, sites, full, thin, grown, info)

@@ -124,7 +124,7 @@ def grow_site(
     status = _first_true(
         (~finite, Status.NON_FINITE),
         (wanted > free, Status.NO_FREE_SLOT),
-        ((total < wanted) & kept & jnp.asarray(recipe.fill is None), Status.BEYOND_RANK),
+        ((total < wanted) & kept & (found.amplitude != 0) & (recipe.fill is None), Status.BEYOND_RANK),
         (total < wanted, Status.REJECTED),
     )
     params = _select(finite, params, start)
