@@ -46,13 +46,6 @@ class Layout:
         rank = max(self.axes, default=-1) + 1
         return tuple(math.prod(f for f, a in zip(self.factors, self.axes) if a == axis) for axis in range(rank))
 
-    def with_capacity(self, capacity: int) -> "Layout":
-        """The same layout with `capacity` slots."""
-        if self.slot is None:
-            return self
-        factors = self.factors[: self.slot] + (capacity,) + self.factors[self.slot + 1 :]
-        return dataclasses.replace(self, factors=factors)
-
     def to_matrix(self, leaf: Array) -> Array:
         """The leaf `(shape)` as the matrix `(*stack, rows, cols)` that multiplies the layer's input from the right."""
         lead = [self.factors[f] for f in self.stack]

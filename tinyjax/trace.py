@@ -35,14 +35,12 @@ class Trace(NamedTuple):
         leaf_names: paths of the parameter leaves, the jaxpr's first inputs.
         batched: for each batch leaf (the remaining inputs), whether its leading axis counts samples.
         num_samples: number of samples in the batch.
-        out_tree: structure of what the loss function returns.
     """
 
     jaxpr: ClosedJaxpr
     leaf_names: tuple[str, ...]
     batched: tuple[bool, ...]
     num_samples: int
-    out_tree: Any
 
 
 def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: bool = False) -> Trace:
@@ -73,7 +71,6 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
         leaf_names=tuple(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)),
         batched=tuple(has_samples(leaf) for leaf in jax.tree.leaves(batch)),
         num_samples=num_samples,
-        out_tree=jax.tree.structure(out),
     )
 
 

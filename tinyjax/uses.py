@@ -33,7 +33,6 @@ class Use:
         output_atoms: the same for `outputs`.
         window: geometry of a convolution, None for a matrix product.
         bias: layout of the vector that is added to the product, or None.
-        biased: the value after that addition (the product itself without bias).
         trouble: why the product cannot be read as a plain matrix product, or "".
     """
 
@@ -47,7 +46,6 @@ class Use:
     output_atoms: tuple[Atom | None, ...]
     window: Window | None
     bias: Layout | None
-    biased: Value
     trouble: str
 
     @property
@@ -123,8 +121,8 @@ def _use(graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...], op: O
         f"output of {names[leaf]}", op, stacked, axes[op.outs[0]], sides.output_rows, sides.output_cols
     )
     rows = tuple(input_atoms[f] for f in inputs.rows)
-    bias, biased = _bias(graph, axes, wiring, names, op, k, col_atoms, depth)
-    return Use(op, k, kernel, inputs, outputs, rows, input_atoms, output_atoms, sides.window, bias, biased, trouble)
+    bias = _bias(graph, axes, wiring, names, op, k, col_atoms, depth)
+    return Use(op, k, kernel, inputs, outputs, rows, input_atoms, output_atoms, sides.window, bias, trouble)
 
 
 class _Sides(NamedTuple):
@@ -212,7 +210,7 @@ def _array_layout(
 
 def _bias(
     graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...], op: Op, k: int, cols: Axis, depth: int
-) -> tuple[Layout | None, Value]:
+) -> Layout | None:
     """The vector added to a product, found by following the product through views to the addition."""
     value = op.outs[0]
     while len(users := wiring.used_by.get(value, [])) == 1:
@@ -231,9 +229,8 @@ def _bias(
         if len(set(wanted)) != len(wanted) or set(own) != set(wanted):
             break
         ordered = tuple(own[r] for r in wanted)
-        layout = leaf_layout(axes, graph.params[view.leaf], names[view.leaf], view.depth, cols=ordered)
-        return (layout, user.outs[0]) if layout is not None else (None, op.outs[0])
-    return None, op.outs[0]
+        return leaf_layout(axes, graph.params[view.leaf], names[view.leaf], view.depth, cols=ordered)
+    return None
 
 
 def _obstruction(wiring: Wiring, names: tuple[str, ...], value: Value) -> str:
