@@ -131,7 +131,7 @@ def estimate_batch(
     size = min(chunk or DEFAULT_CHUNK, num_samples)
     step = _Step(loss_fn, sites, has_aux, energy_matrix)
     if size < num_samples:
-        traced = trace(loss_fn, params, _take(batch, 0, size), has_aux=has_aux)
+        traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
         discovery = discover(traced)
         coupled = coupling(discovery.graph, discovery.axes)
         why = f"this loss couples the samples of a batch ({coupled})" if coupled else _too_wide(discovery, sites)
@@ -203,7 +203,7 @@ def _scan(
     left = num_samples - chunks * size
     if not left:
         return total
-    rest = _take(batch, chunks * size, num_samples)
+    rest = take_samples(batch, chunks * size, num_samples)
     if left == 1:  # an axis of one sample has no identity: repeat the sample, and count the copy's half as empty
         rest = _map_samples(lambda x: jnp.concatenate([x, x]), rest)
     rest_traced = trace(step.loss_fn, params, rest, has_aux=step.has_aux)
@@ -244,5 +244,6 @@ def _map_samples(function: Callable[[Array], Array], batch: Any) -> Any:
     return jax.tree.map(lambda leaf: function(jnp.asarray(leaf)) if has_samples(leaf) else leaf, batch)
 
 
-def _take(batch: Any, start: int, stop: int) -> Any:
+def take_samples(batch: Any, start: int, stop: int) -> Any:
+    """The samples `start` to `stop` of a batch; keys and 0-d leaves are kept whole."""
     return _map_samples(lambda x: x[start:stop], batch)

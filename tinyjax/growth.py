@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array
 
-from tinyjax.estimate import estimate_batch
+from tinyjax.estimate import estimate_batch, take_samples
 from tinyjax.growing import Amplitude, Parts, Recipe, Update, grow_site, skip_site
 from tinyjax.info import GrowthInfo, check
 from tinyjax.layout import Params
@@ -26,7 +26,7 @@ from tinyjax.sites import discover
 from tinyjax.slots import require_growable
 from tinyjax.statistics import Statistics
 from tinyjax.surgery import Trainable, everything
-from tinyjax.trace import batch_size, has_samples, trace
+from tinyjax.trace import batch_size, trace
 
 held_out_best_update = partial(best_update, ridge=held_out_update)
 
@@ -166,10 +166,7 @@ def split_batch(batch: Any) -> Parts:
         )
     cut = num_samples - num_samples // 4
 
-    def part(start: int, stop: int) -> Any:
-        return jax.tree.map(lambda x: jnp.asarray(x)[start:stop] if has_samples(x) else x, batch)
-
-    return Parts(part(0, cut), part(cut, num_samples), batch)
+    return Parts(take_samples(batch, 0, cut), take_samples(batch, cut, num_samples), batch)
 
 
 def _by_name(sites: Sites, value: Any, what: str) -> dict[str, Any]:
