@@ -188,7 +188,7 @@ def test_a_growth_looks_at_the_next_batches_and_loses_none(thin):
     # The learning rate is 0 and the birth keeps the function: the losses say which batch each step was given.
     want = [float(loss_fn(thin, batch)) for batch in batches]
     np.testing.assert_allclose([r.loss for r, _ in records], want, rtol=1e-12)
-    whole = jax.tree.map(lambda *x: jnp.concatenate(x), *batches[1:4])
+    whole = jax.tree.map(lambda *x: jnp.concatenate(x)[:40], *batches[1:4])
     np.testing.assert_allclose(records[1][0].growth.loss_before["w"], loss_fn(thin, whole), rtol=1e-12)
 
 
@@ -197,6 +197,81 @@ def test_a_fixed_key_reproduces_a_run(thin):
     first, again, other = run(key=0)[-1], run(key=0)[-1], run(key=1)[-1]
     chex.assert_trees_all_equal(first.params, again.params)
     assert np.abs(first.params["w"] - other.params["w"]).max() > 1e-3
+
+
+def test_a_run_goes_on_from_any_record_as_if_it_had_not_been_stopped(thin):
+    batches, schedule = make_batches(6), tinyjax.every(2, 2, final=8)
+    whole = fit(thin, batches, schedule, **CHEAP)
+    for stop in (1, 2, 3, 4):
+        record = whole[stop - 1]
+        resumed = fit(
+            record.params,
+            batches[stop:],
+            schedule,
+            sites=record.sites,
+            opt_state=record.opt_state,
+            step=record.step,
+            history=record.history,
+            **CHEAP,
+        )
+        assert [r.step for r in resumed] == list(range(stop + 1, 7))
+        chex.assert_trees_all_equal(resumed[-1].params, whole[-1].params)
+        chex.assert_trees_all_equal(resumed[-1].opt_state, whole[-1].opt_state)
+        assert len(resumed[-1].history) == len(whole[-1].history) == 3
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch(thin):
+    batches = make_batches(3)
+    never = tinyjax.every(1, 1, final=8, start=99)
+    at_once = fit(thin, batches, never)
+    in_parts = fit(thin, batches, never, micro_batch=4)
+    chex.assert_trees_all_close(in_parts[-1].params, at_once[-1].params, rtol=1e-12)
+    np.testing.assert_allclose([r.loss for r in in_parts], [r.loss for r in at_once], rtol=1e-12)
+
+
+def test_micro_batches_serve_batches_of_several_sizes_with_one_program(thin):
+    sizes = [jax.tree.map(lambda x, n=n: x[:n], batch) for n, batch in zip((4, 8, 16), make_batches(3))]
+    loss = Compiles()
+    records = []
+    for record in tinyjax.fit(
+        loss,
+        thin,
+        sizes,
+        optax.sgd(0.1),
+        lambda step, widths, history: {},
+        jax.random.key(0),
+        num_neurons=1,
+        micro_batch=4,
+    ):
+        records.append(record)
+        if record.step == 1:
+            traces = len(loss.capacities)
+    assert len(records) == 3 and len(loss.capacities) == traces
+    with pytest.raises(ValueError, match="batch of 16 samples is not a multiple of `micro_batch`, 3"):
+        fit(thin, make_batches(1), tinyjax.every(1, 1, final=8, start=99), micro_batch=3)
+    with pytest.raises(ValueError, match="`micro_batch` must be at least 1"):
+        fit(thin, make_batches(1), tinyjax.every(1, 1, final=8), micro_batch=0)
+
+
+def test_sites_that_take_turns_are_estimated_one_at_a_time():
+    """Each site has a program of its own, with a batch of its own size; nothing is compiled twice."""
+
+    def loss(params, batch):
+        hidden = jnp.tanh(jnp.tanh(batch["x"] @ params["w1"]) @ params["w2"])
+        return jnp.mean((hidden @ params["w3"] - batch["t"]) ** 2)
+
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.normal(size=shape)) for name, shape in dict(w1=(5, 8), w2=(8, 7), w3=(7, 3)).items()
+    }
+    sites = tinyjax.find_sites(loss, params, make_batches(1)[0])
+    schedule = tinyjax.round_robin(1, 1, final=7)
+    samples = dict(zip(sites.names, (16, 32)))
+    start = tinyjax.thin(params, sites, 2)
+    records = fit(start, make_batches(4), schedule, loss=loss, num_neurons=1, growth_samples=samples, **CHEAP)
+    first, second = sites.names
+    assert [tuple(r.growth.width) for r in records] == [(first,), (second,), (first,), (second,)]
+    assert [tuple(r.width.values()) for r in records] == [(3, 2), (3, 3), (4, 3), (4, 4)]
 
 
 def test_a_schedule_sees_the_growths_so_far(thin):

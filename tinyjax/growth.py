@@ -179,18 +179,25 @@ def _by_name(sites: Sites, value: Any, what: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _check_static(
-    sites: Sites, counts: Mapping[str, int], method: Method, amplitude: Amplitude | None, fill: Method | None
-) -> None:
-    if not sites:
-        raise ValueError("`sites` is empty: there is nothing to grow. Print `find_sites(...)` to see why")
+def require_counts(sites: Sites, counts: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless every site has a static number of neurons of at least 1."""
     for site in sites:
-        require_growable(site)
         if site.name not in counts:
             raise ValueError(f"`num_neurons` has no entry for site `{site.name}`")
         k = counts[site.name]
         if not isinstance(k, int) or k < 1:
             raise ValueError(f"`num_neurons` of site `{site.name}` must be an int of at least 1, got {k!r}")
+
+
+def _check_static(
+    sites: Sites, counts: Mapping[str, int], method: Method, amplitude: Amplitude | None, fill: Method | None
+) -> None:
+    if not sites:
+        raise ValueError("`sites` is empty: there is nothing to grow. Print `find_sites(...)` to see why")
+    require_counts(sites, counts)
+    for site in sites:
+        require_growable(site)
+        k = counts[site.name]
         if k > site.capacity:
             raise ValueError(
                 f"`num_neurons` of site `{site.name}` is {k}, more than its {site.capacity} slots; `resize` it first"

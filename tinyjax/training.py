@@ -7,6 +7,7 @@ caller.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from tinyjax.growth import make_grow_step
+from tinyjax.estimate import take_samples
+from tinyjax.growth import make_grow_step, require_counts
 from tinyjax.info import GrowthInfo, check
 from tinyjax.layout import Params, named_leaves, replace_leaves
 from tinyjax.schedule import Schedule
@@ -42,6 +44,7 @@ class Record(NamedTuple):
         opt_state: the optimizer's state after the step.
         sites: the sites at their present capacities.
         loss_fn: the loss at these capacities.
+        history: what every growth so far did, newest last.
     """
 
     step: int
@@ -52,6 +55,7 @@ class Record(NamedTuple):
     opt_state: Any
     sites: Sites
     loss_fn: LossFn
+    history: tuple[GrowthInfo, ...]
 
 
 def train_step(
@@ -69,24 +73,50 @@ def train_step(
     Example:
         >>> step = jax.jit(train_step(loss_fn, optax.adam(1e-3)))
     """
-    optimizer = optax.with_extra_args_support(optimizer)
+    gradient_step = _gradient_step(loss_fn, trainable, has_aux)
+    update_step = _update_step(optimizer, trainable)
 
     def step(params: Params, opt_state: Any, batch: Any) -> tuple[Params, Any, Array, Any]:
-        names = trained_names(trainable, params)
-        part = trainable(params)
-
-        def put(part: Params) -> Params:
-            return replace_leaves(params, {names[name]: leaf for name, leaf in named_leaves(part).items()})
-
-        def loss_of(part: Params) -> tuple[Array, Any]:
-            out = loss_fn(put(part), batch)
-            return out if has_aux else (out, None)
-
-        (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(part)
-        updates, opt_state = optimizer.update(gradient, opt_state, part)
-        return put(optax.apply_updates(part, updates)), opt_state, loss, aux
+        gradient, loss, aux = gradient_step(params, batch)
+        return *update_step(params, opt_state, gradient), loss, aux
 
     return step
+
+
+def _gradient_step(
+    loss_fn: LossFn, trainable: Trainable, has_aux: bool
+) -> Callable[[Params, Any], tuple[Params, Array, Any]]:
+    """`gradient, loss, aux = step(params, batch)`, the gradient with respect to the trained part."""
+
+    def step(params: Params, batch: Any) -> tuple[Params, Array, Any]:
+        def loss_of(part: Params) -> tuple[Array, Any]:
+            out = loss_fn(_put(params, part, trainable), batch)
+            return out if has_aux else (out, None)
+
+        (loss, aux), gradient = jax.value_and_grad(loss_of, has_aux=True)(trainable(params))
+        return gradient, loss, aux
+
+    return step
+
+
+def _update_step(
+    optimizer: optax.GradientTransformation, trainable: Trainable
+) -> Callable[[Params, Any, Params], tuple[Params, Any]]:
+    """`params, opt_state = step(params, opt_state, gradient)`."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(params: Params, opt_state: Any, gradient: Params) -> tuple[Params, Any]:
+        part = trainable(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, part)
+        return _put(params, optax.apply_updates(part, updates), trainable), opt_state
+
+    return step
+
+
+def _put(params: Params, part: Params, trainable: Trainable) -> Params:
+    """The parameters with another trained part."""
+    names = trained_names(trainable, params)
+    return replace_leaves(params, {names[name]: leaf for name, leaf in named_leaves(part).items()})
 
 
 def fit(
@@ -99,37 +129,51 @@ def fit(
     *,
     num_neurons: int | Mapping[str, int],
     sites: Sites | Sequence[Site] | Site | None = None,
-    growth_samples: int = 2048,
+    growth_samples: int | Mapping[str, int] = 2048,
+    micro_batch: int | None = None,
     make_loss: Callable[[dict[str, int]], LossFn] | None = None,
     policy: Policy | None = None,
     final: Mapping[str, int] | None = None,
     trainable: Trainable = everything,
     has_aux: bool = False,
     with_aux: WithAux | None = None,
+    opt_state: Any = None,
+    step: int = 0,
+    history: Sequence[GrowthInfo] = (),
     **growth: Any,
 ) -> Iterator[Record]:
     """Trains on `batches`, grows when `schedule` says so, yields a record a step.
 
-    A growth looks at the next batches, at least `growth_samples` samples of them, before they are trained on. Where a
+    A growth looks at the next batches, at `growth_samples` samples of them, before they are trained on. Where a
     site has fewer free slots than the schedule asks for, sites are resized by `policy` (and everything is recompiled
-    once) if there is one; else as many neurons as fit are added.
+    once) if there is one; else as many neurons as fit are added. Sites that grow together share one program, so a
+    schedule that visits one site at a time compiles, and estimates, one site at a time.
+
+    A run that was stopped goes on as if it had not been: pass the `params`, `opt_state`, `sites`, `step` and `history`
+    of its last record, the same key, and the batches from there on.
 
     Args:
         loss_fn: `loss_fn(params, batch) -> loss`, the mean over the samples of the batch.
         params: the parameters, at their starting widths (see `thin`).
-        batches: training batches of one size; an iterator is consumed.
+        batches: training batches of one size (with `micro_batch`: of its multiples); an iterator is consumed.
         optimizer: wrap it in `with_birth` so that newborn neurons start as in a fresh optimizer.
         schedule: `schedule(step, widths, history)`, see `tinyjax.schedule`; `history` holds the past `GrowthInfo`s.
         key: for methods and fillers that draw.
         num_neurons: the largest number of neurons the schedule asks for at once, for all sites or by name.
         sites: what to grow; default: every growable site.
-        growth_samples: samples a growth uses at least: statistics on 3/4 of them, line searches on the rest.
+        growth_samples: samples a growth uses (fewer if the batches end): statistics on 3/4 of them, line searches on
+            the rest. By site name or one number for all; sites that grow together use the largest.
+        micro_batch: gradients are computed on so many samples at a time and averaged over the batch, so that batches of
+            any multiple of it share one program. A loss that couples samples couples those of a micro-batch.
         make_loss: from capacities to a loss, for models that check shapes (Linen, Haiku); not needed for others.
         policy: how much room to make; `multiple_of(8)` if only `make_loss` is given.
         final: final widths, which some policies need.
         trainable: the part of the parameters that the optimizer sees.
         has_aux: whether the loss returns `(loss, aux)`.
-        with_aux: puts aux (new running statistics) into the parameters after a step.
+        with_aux: puts aux (new running statistics) into the parameters after a step, or after each micro-batch.
+        opt_state: of a run to go on with; default: the optimizer's initial state.
+        step: number of gradient steps done before.
+        history: growths done before.
         **growth: further options of `make_grow_step` (`method`, `update`, `fill`, ...).
 
     Yields:
@@ -146,20 +190,24 @@ def fit(
         ...     print(record.step, record.loss, record.width)
     """
     stream = _Stream(batches)
-    first = stream.peek(1)
+    first = stream.peek()
     found = find_sites(loss_fn, params, first, has_aux=has_aux).growable if sites is None else as_sites(sites)
     most = per_site(found, num_neurons)
+    require_counts(found, most)
     policy = multiple_of(8) if policy is None and make_loss is not None else policy
+    samples = per_site(found, growth_samples)
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"`micro_batch` must be at least 1 sample, got {micro_batch}")
     options = dict(optimizer=optimizer, trainable=trainable, has_aux=has_aux) | growth
-    compiled = _Compiled(loss_fn, found, most, options)
-    opt_state = optimizer.init(trainable(params))
+    compiled = _Compiled(loss_fn, found, most, options, with_aux)
+    opt_state = optimizer.init(trainable(params)) if opt_state is None else opt_state
     widths = _widths(params, found)
-    history: list[GrowthInfo] = []
-    for step in itertools.count():
+    history = tuple(history)
+    for done in itertools.count(step):
         if not stream.has_next():
             return
         info = None
-        wanted = {name: k for name, k in schedule(step, widths, history).items() if k > 0}
+        wanted = {name: k for name, k in schedule(done, widths, history).items() if k > 0}
         if wanted:
             _check_wanted(wanted, found, most)
             needed = {name: w + wanted.get(name, 0) for name, w in widths.items()}
@@ -169,18 +217,17 @@ def fit(
                     params, found, capacities, optimizer=optimizer, opt_state=opt_state, trainable=trainable
                 )
                 loss_fn = loss_fn if make_loss is None else make_loss(capacities)
-                compiled = _Compiled(loss_fn, found, most, options)
-            fits = {site.name: min(wanted.get(site.name, 0), site.capacity - widths[site.name]) for site in found}
-            if any(fits.values()):
-                batch = stream.peek(growth_samples)
-                params, opt_state, info = compiled.grow(params, batch, opt_state, jax.random.fold_in(key, step), fits)
+                compiled = _Compiled(loss_fn, found, most, options, with_aux)
+            fits = {name: min(k, found[name].capacity - widths[name]) for name, k in wanted.items()}
+            fits = {name: k for name, k in fits.items() if k}
+            if fits:
+                batch = stream.peek(max(samples[name] for name in fits))
+                params, opt_state, info = compiled.grow(params, opt_state, batch, jax.random.fold_in(key, done), fits)
                 check(info)
-                widths = {name: int(w) for name, w in info.width.items()}
-                history.append(info)
-        params, opt_state, loss, aux = compiled.train(params, opt_state, stream.take())
-        if with_aux is not None:
-            params = with_aux(params, aux)
-        yield Record(step + 1, loss, info, dict(widths), params, opt_state, found, loss_fn)
+                widths |= {name: int(w) for name, w in info.width.items()}
+                history += (info,)
+        params, opt_state, loss = compiled.train(params, opt_state, stream.take(), micro_batch)
+        yield Record(done + 1, loss, info, dict(widths), params, opt_state, found, loss_fn, history)
 
 
 def _check_wanted(wanted: Mapping[str, int], sites: Sites, most: Mapping[str, int]) -> None:
@@ -193,14 +240,63 @@ def _check_wanted(wanted: Mapping[str, int], sites: Sites, most: Mapping[str, in
 
 
 class _Compiled:
-    """The two programs of a capacity."""
+    """The programs of a capacity: one for training, one for each set of sites that grow together."""
 
-    def __init__(self, loss_fn: LossFn, sites: Sites, most: Mapping[str, int], options: dict[str, Any]):
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        sites: Sites,
+        most: Mapping[str, int],
+        options: dict[str, Any],
+        with_aux: WithAux | None,
+    ):
+        self._loss_fn, self._sites, self._options, self._with_aux = loss_fn, sites, options, with_aux
         # A growth never adds more than a site has slots; a network that starts without room is resized first.
-        counts = {name: min(k, sites[name].capacity) for name, k in most.items()}
-        self.grow = jax.jit(make_grow_step(loss_fn, sites, num_neurons=counts, **options))
-        of_train = {name: options[name] for name in ("optimizer", "trainable", "has_aux")}
-        self.train = jax.jit(train_step(loss_fn, **of_train))
+        self._counts = {name: min(k, sites[name].capacity) for name, k in most.items()}
+        self._growths: dict[frozenset[str], Callable[..., Any]] = {}
+        optimizer, trainable, has_aux = (options[name] for name in ("optimizer", "trainable", "has_aux"))
+        self._step = jax.jit(train_step(loss_fn, optimizer, trainable=trainable, has_aux=has_aux))
+        self._gradient = jax.jit(_gradient_step(loss_fn, trainable, has_aux))
+        self._add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
+        self._update = jax.jit(partial(_mean_update, _update_step(optimizer, trainable)))
+
+    def grow(self, params: Params, opt_state: Any, batch: Any, key: Array, neurons: Mapping[str, int]) -> Any:
+        names = frozenset(neurons)
+        if names not in self._growths:
+            # A schedule whose sites fill up one by one asks for fewer and fewer of them: no new program for that.
+            larger = next((known for known in self._growths if names < known), None)
+            self._growths[names] = self._compile(names) if larger is None else self._growths[larger]
+        return self._growths[names](params, batch, opt_state, key, dict(neurons))
+
+    def _compile(self, names: frozenset[str]) -> Callable[..., Any]:
+        sites = [site for site in self._sites if site.name in names]
+        counts = {site.name: self._counts[site.name] for site in sites}
+        return jax.jit(make_grow_step(self._loss_fn, sites, num_neurons=counts, **self._options))
+
+    def train(self, params: Params, opt_state: Any, batch: Any, micro_batch: int | None) -> tuple[Params, Any, Array]:
+        if micro_batch is None:
+            params, opt_state, loss, aux = self._step(params, opt_state, batch)
+            return self._after(params, aux), opt_state, loss
+        size = batch_size(batch)
+        if size % micro_batch:
+            raise ValueError(f"a batch of {size} samples is not a multiple of `micro_batch`, {micro_batch}")
+        total = None
+        for start in range(0, size, micro_batch):
+            gradient, loss, aux = self._gradient(params, take_samples(batch, start, start + micro_batch))
+            params = self._after(params, aux)
+            total = (gradient, loss) if total is None else self._add(total, (gradient, loss))
+        return self._update(params, opt_state, total, size // micro_batch)
+
+    def _after(self, params: Params, aux: Any) -> Params:
+        return params if self._with_aux is None else self._with_aux(params, aux)
+
+
+def _mean_update(
+    update_step: Callable[..., tuple[Params, Any]], params: Params, opt_state: Any, total: Any, count: Array
+) -> tuple[Params, Any, Array]:
+    """An update by the mean of `count` gradients, and the mean of their losses."""
+    gradient, loss = jax.tree.map(lambda x: x / count, total)
+    return *update_step(params, opt_state, gradient), loss
 
 
 class _Stream:
@@ -216,15 +312,17 @@ class _Stream:
     def take(self) -> Any:
         return self._ahead.pop(0)
 
-    def peek(self, num_samples: int) -> Any:
-        """The next batches with at least that many samples (fewer at the end), as one batch."""
-        while sum(map(batch_size, self._ahead)) < num_samples and self._read():
+    def peek(self, num_samples: int | None = None) -> Any:
+        """The next so many samples (fewer at the end), or the next batch, as one batch."""
+        while sum(map(batch_size, self._ahead)) < (num_samples or 1) and self._read():
             pass
         if not self._ahead:
             raise ValueError("`batches` is empty")
+        if num_samples is None:
+            return self._ahead[0]
         sizes = list(itertools.accumulate(map(batch_size, self._ahead)))
         count = next((i + 1 for i, size in enumerate(sizes) if size >= num_samples), len(sizes))
-        return jax.tree.map(_join, *self._ahead[:count])
+        return take_samples(jax.tree.map(_join, *self._ahead[:count]), 0, num_samples)
 
     def _read(self) -> bool:
         batch = next(self._batches, None)
