@@ -220,6 +220,17 @@ def test_a_run_goes_on_from_any_record_as_if_it_had_not_been_stopped(thin):
         assert len(resumed[-1].history) == len(whole[-1].history) == 3
 
 
+def test_an_epoch_in_a_scan_is_its_steps_one_by_one(thin):
+    batches, optimizer = make_batches(3), tinyjax.with_birth(optax.adam(1e-2))
+    data = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
+    order = np.arange(3 * BATCH_SIZE).reshape(3, BATCH_SIZE)
+    epoch = jax.jit(tinyjax.train_epoch(loss_fn, optimizer))
+    params, opt_state, losses = epoch(thin, optimizer.init(thin), data, order)
+    records = fit(thin, batches, tinyjax.every(1, 1, final=8, start=99))
+    chex.assert_trees_all_close((params, opt_state), (records[-1].params, records[-1].opt_state), rtol=1e-12)
+    np.testing.assert_allclose(losses, [r.loss for r in records], rtol=1e-12)
+
+
 def test_micro_batches_give_the_step_of_the_whole_batch(thin):
     batches = make_batches(3)
     never = tinyjax.every(1, 1, final=8, start=99)

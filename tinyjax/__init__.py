@@ -76,4 +76,5 @@ from tinyjax.surgery import width as width
 from tinyjax.surgery import write as write
 from tinyjax.training import Record as Record
 from tinyjax.training import fit as fit
+from tinyjax.training import train_epoch as train_epoch
 from tinyjax.training import train_step as train_step

@@ -83,6 +83,48 @@ def train_step(
     return step
 
 
+def train_epoch(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    trainable: Trainable = everything,
+    has_aux: bool = False,
+    with_aux: WithAux | None = None,
+) -> Callable[[Params, Any, Any, Array], tuple[Params, Any, Array]]:
+    """Gradient steps over data that lies on the device, as one `lax.scan`: pure, not yet jitted.
+
+    For data sets that fit into the device's memory: no batch is copied and nothing is dispatched step by step.
+
+    Args:
+        loss_fn: `loss_fn(params, batch) -> loss`, or `(loss, aux)` with `has_aux`.
+        optimizer: an Optax optimizer.
+        trainable: the part of the parameters that the optimizer sees.
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
+        with_aux: puts aux (new running statistics) into the parameters after a step.
+
+    Returns:
+        `params, opt_state, losses = epoch(params, opt_state, data, order)`: `order` (steps, batch) holds the samples of
+        every step, `losses` is (steps,).
+
+    Example:
+        >>> epoch = jax.jit(train_epoch(loss_fn, optax.adam(1e-3)), donate_argnums=(0, 1))
+        >>> order = jax.random.permutation(key, 1024).reshape(-1, 128)
+        >>> params, opt_state, losses = epoch(params, opt_state, data, order)
+    """
+    one_step = train_step(loss_fn, optimizer, trainable=trainable, has_aux=has_aux)
+
+    def epoch(params: Params, opt_state: Any, data: Any, order: Array) -> tuple[Params, Any, Array]:
+        def body(state: tuple[Params, Any], rows: Array) -> tuple[tuple[Params, Any], Array]:
+            batch = jax.tree.map(lambda leaf: leaf[rows] if has_samples(leaf) else leaf, data)
+            params, opt_state, loss, aux = one_step(*state, batch)
+            return (params if with_aux is None else with_aux(params, aux), opt_state), loss
+
+        (params, opt_state), losses = jax.lax.scan(body, (params, opt_state), order)
+        return params, opt_state, losses
+
+    return epoch
+
+
 def _gradient_step(
     loss_fn: LossFn, trainable: Trainable, has_aux: bool
 ) -> Callable[[Params, Any], tuple[Params, Array, Any]]:
