@@ -14,7 +14,7 @@ LEVELS = [
     ["axes", "surgery", "pair"],
     ["uses", "separable", "optimizer", "patches"],
     ["capture", "flow", "geometry"],
-    ["norms", "dimensions"],
+    ["norms", "dimensions", "rowweights"],
     ["judging"],
     ["sites", "sums"],
     ["estimate", "births"],

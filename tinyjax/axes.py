@@ -6,9 +6,9 @@ pulls at empty slots ties the axes it sums over.
 
 from collections.abc import Sequence
 
-from tinyjax.atoms import Atom, Axis, mark
+from tinyjax.atoms import Atom, Axis, mark, root, roots, unify
 from tinyjax.rules import BETWEEN_ACTIVATIONS, INPUT, REDUCTIONS, RULES, contraction, reduce_parameters, unknown
-from tinyjax.trace import VIEWS, Graph, Op, Value, behind_loss
+from tinyjax.trace import OWN, VIEWS, Graph, Op, Value, behind_loss, body
 
 
 class Axes:
@@ -44,7 +44,7 @@ class Axes:
     def _apply(self, op: Op) -> None:
         ins = [self[v] for v in op.ins]
         outs = [_fresh(v) for v in op.outs]
-        rule = RULES.get(op.name, unknown)
+        rule = _through if op.name in OWN else RULES.get(op.name, unknown)
         if op.name in REDUCTIONS and all(self.parameter_only(v) for v in op.ins):
             rule = reduce_parameters  # an L2 penalty ties nothing
         self._of.update(zip(op.outs, rule(op, ins, outs)))
@@ -65,6 +65,24 @@ class Axes:
         if op.name in REDUCTIONS and powers[0] < 2 and op.outs[0] in self._needed:
             for axis in op.params["axes"]:
                 mark(ins[0][axis], "a function of the parameters in the loss pulls at its empty slots (an L1 penalty?)")
+
+
+def _through(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    """The rule of a function known by its name: axes are followed through its body, where no reduction ties them."""
+    graph = body(op)
+    inner = Axes(graph, [False] * len(ins), 1)
+    outer: dict[Atom, Axis] = {}
+    for value, axes in zip(graph.batch, ins):
+        for (atom,), axis in zip(inner[value], axes):
+            if atom.size > 1:
+                unify(outer.setdefault(root(atom), axis), axis)
+    for d, axis in enumerate(inner[graph.loss]):
+        found = roots(axis)
+        if len(found) == 1 and found[0] in outer:
+            outs[0][d] = outer[found[0]]
+        elif found:
+            mark(outs[0][d], f"it passes through `{op.name}`")
+    return outs
 
 
 def _vanishing(op: Op, powers: Sequence[int]) -> int:

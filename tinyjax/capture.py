@@ -6,6 +6,7 @@ Calls, remat and scans around a tapped operation are kept as what they are.
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ class Captured(NamedTuple):
 
     Attributes:
         loss: the loss of the batch, ().
-        inputs: for every recorded use, by its address, the operand that is not the kernel.
+        inputs: for every recorded operation, by its address, the operand (of a use, the one that is not the kernel).
         gradients: for every probed use, by its address, d loss / d result.
     """
 
@@ -53,7 +54,13 @@ class Taps(NamedTuple):
         return bool(self.records or self.probes)
 
 
-def capture(traced: Trace, inputs: Sequence[Array], recorded: Sequence[Use], probed: Sequence[Use]) -> Captured:
+def capture(
+    traced: Trace,
+    inputs: Sequence[Array],
+    recorded: Sequence[Use],
+    probed: Sequence[Use],
+    operands: Mapping[Address, int] = MappingProxyType({}),
+) -> Captured:
     """Runs a traced loss on flat inputs, recording the inputs of some uses and the gradients at the results of others.
 
     Args:
@@ -61,11 +68,12 @@ def capture(traced: Trace, inputs: Sequence[Array], recorded: Sequence[Use], pro
         inputs: the leaves of `(params, batch)`.
         recorded: uses whose input is wanted.
         probed: uses at whose result the gradient of the loss is wanted.
+        operands: other operations, by address, of which an operand is wanted; it comes back among the inputs.
 
     Returns:
         Arrays with the lengths of the enclosing scans in front.
     """
-    records = {use.op.path: 1 - use.operand for use in recorded}
+    records = {use.op.path: 1 - use.operand for use in recorded} | dict(operands)
     zeros = {use.op.path: _zeros(use) for use in probed}
 
     def run(probes: dict[Address, Array]) -> tuple[Array, dict[Address, Array]]:

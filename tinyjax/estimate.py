@@ -170,7 +170,11 @@ class _Step(NamedTuple):
         producers = [path.producer for path in every]
         consumers = [consumer for path in every for consumer in path.consumers]
         captured = capture(
-            traced, jax.tree.leaves((params, batch)), _distinct(producers + consumers), _distinct(consumers)
+            traced,
+            jax.tree.leaves((params, batch)),
+            _distinct(producers + consumers),
+            _distinct(consumers),
+            {weight.address: weight.operand for path in every for weight in path.weights},
         )
         sums = {
             site.name: site_sums(params, site, paths[site.name], captured, traced.num_samples, self.energy_matrix)

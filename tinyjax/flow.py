@@ -7,20 +7,24 @@ slot holds there.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from tinyjax.atoms import Atom, roots
 from tinyjax.axes import Axes
 from tinyjax.rules import ELEMENTWISE, REDUCTIONS
-from tinyjax.trace import Graph, Op, Value, behind_loss
+from tinyjax.trace import OWN, Graph, Op, Value, behind_loss
 from tinyjax.uses import Use
 from tinyjax.wiring import Wiring, is_view
 
 ROW_BY_ROW = ""
 _SUMS = ("add", "add_any", "sub")
+_NORMS = ("tinyjax_centred", "tinyjax_inverse_rms")
 
 
 class Meeting(NamedTuple):
@@ -28,6 +32,22 @@ class Meeting(NamedTuple):
 
     op: Op
     through: frozenset[str]
+
+
+class Weight(NamedTuple):
+    """A factor that differs between the rows of a product and not between its slots.
+
+    Attributes:
+        op: the operation that reads it.
+        operand: which operand of it.
+        value: the tensor.
+        factor: from the tensor to the factor: itself, its reciprocal, or whether it selects the product.
+    """
+
+    op: Op
+    operand: int
+    value: Value
+    factor: Callable[[Array], Array]
 
 
 class Flow:
@@ -46,6 +66,9 @@ class Flow:
         normalised: those of them that left degree 0.
         summaries: number of entries of every such summary; the number of slots for a statistic over all rows.
         met: for every parameter leaf that met the flow slot by slot, the operations in which it did.
+        weights: for every value, the factors that its rows were multiplied by one by one.
+        counted: for every leaf that tells a norm of `tinyjax.models` which slots it counts, the operations that ask.
+        trouble: why such a norm cannot grow, or "".
     """
 
     def __init__(self, graph: Graph, axes: Axes, wiring: Wiring, producer: Use, slots: Atom):
@@ -60,6 +83,9 @@ class Flow:
         self.normalised: list[Op] = []
         self.summaries: set[int] = set()
         self.met: dict[int, list[Meeting]] = {}
+        self.weights: dict[Value, tuple[Weight, ...]] = {start: ()}
+        self.counted: dict[int, list[Op]] = {}
+        self.trouble = ""
         self._axes, self._wiring, self._slots = axes, wiring, slots
         # Steps of the scans around the producer are rows, unless its kernel has one layer for each.
         self._row_scans = frozenset() if producer.kernel.stack else frozenset(producer.op.scans)
@@ -68,17 +94,23 @@ class Flow:
                 self._follow(op)
 
     def _follow(self, op: Op) -> None:
+        if op.name in _NORMS:
+            self._count(op)
         along = [out for out in op.outs if self._has_slots(out)]
         if not along:
             return  # the dimension ends here: a consumer, or a reduction over it
         self._meet_parameters(op)
-        why = self._mixed_by(op)
+        weights = {self.weights[v] for v in op.ins if v in self.weights}
+        why, own = self._mixed_by(op)
+        if len(weights) > 1:
+            why = why or f"its rows are weighted in two ways before `{op.name}`"
         value = self._empty_value(op)
         pools = min((self.pools[v] for v in op.ins if v in self.pools), key=len)
         degree = self._degree(op)
         for out in along:
             self.mixing[out] = why
             self.pools[out] = (*pools, op) if _pools(op) else pools
+            self.weights[out] = (*next(iter(weights)), *own)
             if degree is not None:
                 self.degree[out] = degree
             if value is not None:
@@ -88,18 +120,56 @@ class Flow:
     def _has_slots(self, value: Value) -> bool:
         return any(atom is self._slots for axis in self._axes[value] for atom in roots(axis))
 
-    def _mixed_by(self, op: Op) -> str:
+    def _mixed_by(self, op: Op) -> tuple[str, tuple[Weight, ...]]:
+        """Why the rows are no longer the product's, and the factors they are multiplied by here."""
         reasons = [self.mixing[v] for v in op.ins if v in self.mixing]
         if op.name == "scan_carry":
-            return "it is carried from one step of a scan to the next"
-        if op.name in ELEMENTWISE or op.name == "broadcast_in_dim" or is_view(op) or op.name in ("scan_in", "scan_out"):
-            mixed = [r for r in reasons if r != ROW_BY_ROW]
-            if op.name not in _SUMS and not all(v in self.mixing or self._same_in_all_rows(v) for v in op.ins):
-                mixed.append(f"its rows are weighted one by one in `{op.name}` (a mask or a gate?)")
-            return mixed[0] if mixed else self._modulated_by(op)
+            return "it is carried from one step of a scan to the next", ()
+        if op.name in OWN or _is_elementwise(op):
+            mixed = next((r for r in reasons if r != ROW_BY_ROW), ROW_BY_ROW)
+            if op.name in OWN or op.name in _SUMS:
+                return mixed or self._modulated_by(op), ()
+            differing = [i for i, v in enumerate(op.ins) if v not in self.mixing and not self._same_in_all_rows(v)]
+            weights = [weight for i in differing if (weight := self._weight(op, i)) is not None]
+            if len(weights) < len(differing):
+                mixed = mixed or f"its rows are weighted one by one in `{op.name}` (a mask or a gate?)"
+            return mixed or self._modulated_by(op), tuple(weights)
         if _pools(op):
-            return reasons[0]
-        return f"its rows are mixed by `{op.name}`"
+            return reasons[0], ()
+        return f"its rows are mixed by `{op.name}`", ()
+
+    def _weight(self, op: Op, operand: int) -> Weight | None:
+        """An operand that differs between rows, as a factor of the rows; None where it is no such thing."""
+        if op.name == "mul":
+            factor = _itself
+        elif op.name == "div" and operand == 1:
+            factor = jnp.reciprocal
+        elif op.name == "select_n" and operand == 0 and (which := self._selected(op)) is not None:
+            factor = (_is_zero, _is_one)[which]
+        else:
+            return None
+        value = op.ins[operand]
+        while self._has_slots(value):
+            maker = self._wiring.made_by.get(value)
+            if maker is None or maker.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
+                return None
+            op, operand, value = maker, 0, maker.ins[0]
+        return Weight(op, operand, value, factor)
+
+    def _selected(self, op: Op) -> int | None:
+        """Which of two cases of a `select_n` is the flow, the other one being zero."""
+        cases = op.ins[1:]
+        inside = [i for i, v in enumerate(cases) if v in self.mixing]
+        zero = [i for i, v in enumerate(cases) if v not in self.mixing and self._wiring.scalar(v) == 0]
+        return inside[0] if len(cases) == 2 and len(inside) == len(zero) == 1 else None
+
+    def _count(self, op: Op) -> None:
+        """Notes which leaf tells a norm of `tinyjax.models` what it counts; without one it would count newborns."""
+        found = self._wiring.vector(op.ins[1])
+        if found is None or op.ins[0] not in self.mixing:
+            self.trouble = f"`counted` of a norm (`{op.name}`) is no parameter: it would count neurons still to be born"
+        else:
+            self.counted.setdefault(found[0].leaf, []).append(op)
 
     def _modulated_by(self, op: Op) -> str:
         """Statistics over rows may meet the rows they are of only to normalise them: shift and scale, degree 1 to 0."""
@@ -180,6 +250,8 @@ class Flow:
 
     def _empty_value(self, op: Op) -> Any:
         known = [self._known(v, op.name in _SUMS) for v in op.ins]
+        if op.name in OWN:  # zero gives zero; what they give elsewhere depends on other slots or on a draw
+            return 0 if any(k is not None and k == 0 for v, k in zip(op.ins, known) if v in self.mixing) else None
         if op.name in ("mul", "and") and any(k is not None and k == 0 for k in known):
             return 0
         if op.name == "div" and known[0] is not None and known[0] == 0:
@@ -223,6 +295,8 @@ class Flow:
         return None
 
     def _meet_parameters(self, op: Op) -> None:
+        if op.name in OWN:
+            return
         for value in op.ins:
             if value in self.mixing or not self._has_slots(value):
                 continue
@@ -235,6 +309,22 @@ class Flow:
         if value is not None and value == 0:
             return
         self.culprit[out] = earlier[0] if earlier else op.name
+
+
+def _is_elementwise(op: Op) -> bool:
+    return op.name in ELEMENTWISE or op.name in ("broadcast_in_dim", "scan_in", "scan_out") or is_view(op)
+
+
+def _itself(x: Array) -> Array:
+    return x
+
+
+def _is_zero(x: Array) -> Array:
+    return x == 0
+
+
+def _is_one(x: Array) -> Array:
+    return x == 1
 
 
 def _pools(op: Op) -> bool:

@@ -10,6 +10,7 @@ from tinyjax.flow import ROW_BY_ROW, Flow
 from tinyjax.geometry import Geometry, Unaligned, is_rowwise, lay_out
 from tinyjax.layout import Layout
 from tinyjax.norms import find_norm, roles
+from tinyjax.rowweights import RowWeight, lay_out_weight
 from tinyjax.rules import BETWEEN_ACTIVATIONS
 from tinyjax.site import Kernel, Member, Norm, Site
 from tinyjax.trace import Value
@@ -23,11 +24,13 @@ class Path(NamedTuple):
         producer: the use that writes.
         consumers: the uses that read, their rows in the order of the producer's.
         geometry: how rows are pixels of images, or None where all of them are the same rows.
+        weights: what every row was multiplied by between the two.
     """
 
     producer: Use
     consumers: tuple[Use, ...]
     geometry: Geometry | None = None
+    weights: tuple[RowWeight, ...] = ()
 
 
 def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
@@ -102,10 +105,13 @@ def _paths(
             return _refusal(reason)
         found |= roles(flow)
         accounted |= {meetings[0].op for meetings in flow.met.values()}
+        accounted |= {op for ops in flow.counted.values() for op in ops}
         bias = None if producer.bias is None else producer.bias.leaf
         norm, reason = find_norm(flow, model.wiring, model.axes, found, model.names, bias, dimension.size)
         if norm is not None and (len(producers) > 1 or producer.op.stack):
             reason = "a batch normalisation inside a scan, or behind a kernel that is used more than once"
+        if norm is not None and mine and flow.weights[mine[0].input_value]:
+            reason = "its rows are weighted one by one (a mask or a gate?) before or after a batch normalisation"
         if reason:
             return _refusal(reason)
         norms.append(norm)
@@ -116,7 +122,7 @@ def _paths(
     reached = [id(c) for path in paths for c in path.consumers]
     if len(reached) != len(consumers) or len(set(norms)) > 1:
         return _refusal("its consumers do not each read the output of one producer operation")
-    known = ("shift", "scale") if norms[0] is None else ("shift", "scale", "mean", "var")
+    known = ("shift", "scale", "counted") + (() if norms[0] is None else ("mean", "var"))
     for leaf, _ in model.leaves[dimension]:
         for op, _ in model.entries.get(leaf, ()):
             if op not in accounted:
@@ -128,20 +134,28 @@ def _paths(
 
 def _path(model: Dimensions, producer: Use, consumers: tuple[Use, ...], flow: Flow, dimension: Atom) -> Path:
     """The uses of a path with their rows in one order."""
-    pools = flow.pools[consumers[0].input_value]
+    read = consumers[0].input_value
+    pools, weights = flow.pools[read], flow.weights[read]
     if is_rowwise(producer, consumers, pools):
         order = [model.axes.samples, *(a for a in producer.rows if a is not None)]
-        return Path(aligned(producer, order), tuple(aligned(c, order) for c in consumers))
+        producer = aligned(producer, order)
+        laid = tuple(lay_out_weight(model.axes, weight, producer) for weight in weights)
+        return Path(producer, tuple(aligned(c, order) for c in consumers), None, laid)
+    if weights:
+        ops = ", ".join(f"`{weight.op.name}`" for weight in weights)
+        raise Unaligned(f"its rows are weighted one by one in {ops}, between convolutions or poolings")
     geometry, producer, consumers = lay_out(model.axes, producer, consumers, pools, dimension)
     return Path(producer, consumers, geometry)
 
 
 def _meeting_reason(model: Dimensions, flow: Flow, kernels: Sequence[Use]) -> str:
     """Why a leaf that the flow met makes the dimension other than a plain hidden layer."""
+    if flow.trouble:
+        return flow.trouble
     for leaf, meetings in flow.met.items():
         if model.names[leaf] in {use.leaf for use in kernels}:
             return f"`{model.names[leaf]}` also enters the model through `{meetings[0].op.name}`"
-        if len(meetings) > 1:
+        if len(meetings) > 1 or leaf in flow.counted:
             return f"`{model.names[leaf]}` acts on it more than once"
     return ""
 

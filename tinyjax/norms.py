@@ -19,8 +19,9 @@ _TRANSPARENT = VIEWS | {"broadcast_in_dim"}
 
 
 def roles(flow: Flow) -> dict[int, str]:
-    """What every vector that the flow met does to a neuron: shift, scale, mean, var, or other."""
+    """What every vector that the flow met does to a neuron: shift, scale, mean, var, counted, or other."""
     found = {leaf: _role(flow, meetings[0]) for leaf, meetings in flow.met.items()}
+    found |= dict.fromkeys(flow.counted, "counted")
     if "var" in found.values():  # with running statistics in use, what is subtracted before the scaling is the mean
         for leaf, meetings in flow.met.items():
             if meetings[0].op.name == "sub" and found[leaf] == "shift" and not flow.pools_met(meetings[0].op):

@@ -23,7 +23,7 @@ REDUCTIONS = frozenset(
 )
 RANDOM = frozenset(
     """random_bits random_seed random_fold_in random_split random_clone random_wrap random_unwrap random_gamma
-    threefry2x32 rng_bit_generator rng_uniform""".split()
+    threefry2x32 rng_bit_generator rng_uniform tinyjax_unit_dropout""".split()
 )
 # These keep the rank and leave every axis alone but the ones they work along.
 ALONG = frozenset(

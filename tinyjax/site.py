@@ -17,7 +17,8 @@ class Member:
     Attributes:
         layout: where the slots lie in the leaf.
         role: `"fan_in"` (kernel of the producer), `"fan_out"` (kernel of a consumer), `"shift"` (added: biases),
-            `"scale"` (multiplies), `"mean"`, `"var"` (running statistics of a normalisation).
+            `"scale"` (multiplies), `"mean"`, `"var"` (running statistics of a normalisation), `"counted"` (which
+            slots a norm of `tinyjax.models` counts).
     """
 
     layout: Layout

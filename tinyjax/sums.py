@@ -1,5 +1,6 @@
 """From captured arrays to the record of sums of one site."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -52,7 +53,11 @@ def _path_sums(site: Site, path: Path, captured: Captured, num_samples: int, ene
     v = -num_samples * jnp.concatenate(goals, axis=-1)
     bias_prev, bias = site.producers[0].bias is not None, consumers_have_bias(site)
     if path.geometry is None:
-        return row_sums(x, h, v, num_samples, bias_prev=bias_prev, bias=bias, energy_matrix=energy_matrix)
+        columns = [weight.column(captured.inputs[weight.address]).astype(x.dtype) for weight in path.weights]
+        weight = functools.reduce(jnp.multiply, columns) if columns else None
+        return row_sums(
+            x, h, v, num_samples, bias_prev=bias_prev, bias=bias, weight=weight, energy_matrix=energy_matrix
+        )
     geometry = path.geometry
     return conv_sums(
         x.reshape(num_samples, *geometry.space, -1),
@@ -68,10 +73,22 @@ def _path_sums(site: Site, path: Path, captured: Captured, num_samples: int, ene
 
 
 def row_sums(
-    x: Array, h: Array, v: Array, num_samples: int, *, bias_prev: bool, bias: bool, energy_matrix: bool
+    x: Array,
+    h: Array,
+    v: Array,
+    num_samples: int,
+    *,
+    bias_prev: bool,
+    bias: bool,
+    weight: Array | None = None,
+    energy_matrix: bool,
 ) -> Sums:
-    """The sums of a pair of matrix products: x `(*stack, rows, D)`, h `(*stack, rows, H)`, v `(*stack, rows, Q)`."""
+    """The sums of a pair of matrix products: x `(*stack, rows, D)`, h `(*stack, rows, H)`, v `(*stack, rows, Q)`.
+
+    A `weight` `(*stack, rows, 1)` multiplies the rows of x and the constant beside it.
+    """
     b_prev, b = _with_constant(x, bias_prev), _with_constant(h, bias)
+    b_prev = b_prev if weight is None else weight * b_prev
     b_prev, b, v = (_halves(array, num_samples) for array in (b_prev, b, v))
     return Sums(
         gram_prev=_gram(b_prev, b_prev),

@@ -19,6 +19,8 @@ from tinyjax.layout import Params, path_name
 JIT = frozenset({"jit", "pjit", "closed_call", "core_call", "xla_call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+# Jitted functions of `tinyjax.models` that stay one operation each: what they do to a slot is known by their name.
+OWN = frozenset({"tinyjax_centred", "tinyjax_inverse_rms", "tinyjax_unit_dropout"})
 MATMULS = frozenset({"dot_general", "conv_general_dilated"})
 # Operations that only rename or rearrange entries: what they return is the same tensor.
 VIEWS = frozenset(
@@ -186,6 +188,16 @@ def flatten(traced: Trace) -> Graph:
     return Graph(tuple(inputs[:num_params]), tuple(inputs[num_params:]), tuple(ops), outs[0])
 
 
+def body(op: Op) -> Graph:
+    """The inside of an operation that is a jitted function, its operands as the leaves of a batch."""
+    assert op.eqn is not None
+    jaxpr, consts = subjaxpr(op.eqn)
+    ins = [Value(value.shape, value.dtype, "batch", i) for i, value in enumerate(op.ins)]
+    ops: list[Op] = []
+    outs = _inline(ops, jaxpr, consts, ins, (), (), ())
+    return Graph((), tuple(ins), tuple(ops), outs[0])
+
+
 def behind_loss(graph: Graph) -> set[Value]:
     """The values the loss is computed from (auxiliary outputs are not)."""
     needed = {graph.loss}
@@ -252,7 +264,10 @@ def _inline(
     for i, eqn in enumerate(jaxpr.eqns):
         at, name = (*path, i), eqn.primitive.name
         args = [read(v) for v in eqn.invars]
-        if name in JIT | REMAT | CUSTOM:
+        if name in JIT and eqn.params.get("name") in OWN:
+            outs = [_result(v) for v in eqn.outvars]
+            ops.append(Op(eqn.params["name"], tuple(args), tuple(outs), eqn, at, scans, inside))
+        elif name in JIT | REMAT | CUSTOM:
             outs = _inline(ops, *subjaxpr(eqn), args, at, scans, (*inside, name) if name in CUSTOM else inside)
         elif name == "scan":
             body, body_consts = subjaxpr(eqn)
@@ -280,9 +295,17 @@ def _inline(
             outs = [emit("cond_out", results, v, at, scans) for *results, v in zip(*branches, eqn.outvars)]
         else:
             outs = [_result(v) for v in eqn.outvars]
-            ops.append(Op(name, tuple(args), tuple(outs), eqn, at, scans, inside))
+            ops.append(Op(_plain_name(eqn), tuple(args), tuple(outs), eqn, at, scans, inside))
         env.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _plain_name(eqn: JaxprEqn) -> str:
+    """The name of a primitive; under `vmap`, a sum over a named axis has become one over an axis of the array."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "psum" and len(eqn.invars) == 1 and params["axis_index_groups"] is None:
+        return "reduce_sum" if all(isinstance(axis, int) for axis in params["axes"]) else name
+    return name
 
 
 def _result(v: Any) -> Value:

@@ -114,10 +114,10 @@ def _use(graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...], op: O
     if kernel is None or (stacked and depth != len(op.stack)):
         trouble = trouble or f"`{names[leaf]}` is sliced in a way that cannot be followed"
         kernel = kernel or Layout(names[leaf], (), ())
-    inputs, input_atoms = _array_layout(
+    inputs, input_atoms = array_layout(
         f"input of {names[leaf]}", op, stacked, axes[op.ins[1 - k]], sides.input_rows, sides.input_cols
     )
-    outputs, output_atoms = _array_layout(
+    outputs, output_atoms = array_layout(
         f"output of {names[leaf]}", op, stacked, axes[op.outs[0]], sides.output_rows, sides.output_cols
     )
     rows = tuple(input_atoms[f] for f in inputs.rows)
@@ -180,7 +180,7 @@ def _convolution_sides(op: Op, k: int) -> _Sides:
     )  # fmt: skip
 
 
-def _array_layout(
+def array_layout(
     name: str, op: Op, stacked: bool, tensor: list[Axis], rows: Sequence[int], cols: Sequence[int]
 ) -> tuple[Layout, tuple[Atom | None, ...]]:
     """A captured array as a matrix, and the atom of each of its factors.

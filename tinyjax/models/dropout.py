@@ -1,4 +1,8 @@
-"""Dropout whose draws belong to the unit, so that capacity does not change them."""
+"""Dropout whose draws belong to the unit, so that capacity does not change them.
+
+Discovery accepts it on a dimension that grows: an empty slot gives zero whatever is drawn, a birth leaves the draws of
+the other units alone, and the first-order effect of a newborn, averaged over its own draws, is the one without dropout.
+"""
 
 import flax.linen as nn
 import jax
@@ -6,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 
-@jax.jit
 def unit_dropout(key: Key[Array, ""], x: Float[Array, "*rows c"], rate: float | Array) -> Float[Array, "*rows c"]:
     """Dropout where unit j draws from `fold_in(key, j)`: its draws are the same whatever the width or capacity.
 
@@ -17,6 +20,14 @@ def unit_dropout(key: Key[Array, ""], x: Float[Array, "*rows c"], rate: float | 
         x: any leading axes, then the units.
         rate: probability of dropping, in [0, 1).
     """
+    return tinyjax_unit_dropout(key, x, rate)
+
+
+@jax.jit
+def tinyjax_unit_dropout(
+    key: Key[Array, ""], x: Float[Array, "*rows c"], rate: float | Array
+) -> Float[Array, "*rows c"]:
+    """`unit_dropout`, under the name by which discovery knows it in a jaxpr."""
 
     def keep(unit: Array) -> Array:
         return jax.random.bernoulli(jax.random.fold_in(key, unit), 1 - rate, x.shape[:-1])

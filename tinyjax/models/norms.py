@@ -1,11 +1,20 @@
 """LayerNorm, RMSNorm and GroupNorm over an axis of which only a part is used.
 
-A slot is *live* iff its scale is not zero. Statistics run over the live slots only and a dead slot gives exactly zero,
-so a layer of capacity 64 with 40 live slots computes what a layer of width 40 computes, and empty slots stay empty
-under training: their scale and shift receive no gradient where nothing reads them. A neuron with scale zero is a dead
-one: start scales away from zero.
+Statistics run over the *counted* slots only, so a layer of capacity 64 with 40 neurons computes what a layer of width
+40 computes. For LayerNorm and RMSNorm a vector beside the scale says which slots are counted: where it is not zero. It
+is 1 everywhere at first, which makes a full layer the ordinary normalisation, and no gradient reaches it.
 
-The functions are jitted under their own names, so that each stays one recognisable call in a jaxpr.
+A neuron born by growth is not counted, and that is what makes growing possible here. One more term in a mean or in a
+mean square changes every other neuron of the layer, however small the newborn and whatever its fan-out: no birth could
+keep the function. A neuron that is not counted is divided by the root mean square of the counted ones and not centred:
+it is silent at fan-in zero, linear in its fan-in, and nobody else notices it. Set its entry of `counted` to 1 to make
+it an ordinary neuron of the norm; the loss jumps there, so do it while training has time to follow.
+
+`find_sites` accepts RMSNorm and LayerNorm between two matrix products, not between convolutions. It refuses GroupNorm:
+a newborn channel either changes its group's statistics or, alone in it, is rescaled whatever its fan-in. BatchNorm
+grows everywhere.
+
+The pieces are jitted under names of their own, by which discovery knows them in a jaxpr.
 """
 
 from collections.abc import Callable
@@ -17,40 +26,63 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-@jax.jit
 def width_layer_norm(
-    x: Float[Array, "*rows c"], scale: Float[Array, " c"], shift: Float[Array, " c"], epsilon: float | Array = 1e-6
+    x: Float[Array, "*rows c"],
+    scale: Float[Array, " c"],
+    shift: Float[Array, " c"],
+    counted: Float[Array, " c"],
+    epsilon: float | Array = 1e-6,
 ) -> Float[Array, "*rows c"]:
-    """LayerNorm over the live slots of the last axis.
+    """LayerNorm by the statistics of the counted slots of the last axis.
 
-    y = scale (x - mean) / sqrt(var + epsilon) + shift, mean and variance over the slots whose scale is not zero.
+    y = scale (x - mean) / sqrt(var + epsilon) + shift in counted slots, scale x / sqrt(var + epsilon) + shift in the
+    others; mean and variance are over the counted slots.
 
     Args:
         x: any leading axes, then the slots.
-        scale: zero in dead slots.
-        shift: counts in live slots only.
+        scale: multiplies.
+        shift: is added.
+        counted: not zero where a slot is counted.
         epsilon: added to the variance.
+
+    Example:
+        >>> width_layer_norm(x, scale, shift, jnp.ones_like(scale))  # LayerNorm
     """
-    live = scale != 0
-    centred = x - _mean(x, live, (-1,))
-    return jnp.where(live, centred * jax.lax.rsqrt(_mean(centred**2, live, (-1,)) + epsilon) * scale + shift, 0)
+    centred = tinyjax_centred(x, counted)
+    return centred * tinyjax_inverse_rms(centred, counted, epsilon) * scale + shift
+
+
+def width_rms_norm(
+    x: Float[Array, "*rows c"], scale: Float[Array, " c"], counted: Float[Array, " c"], epsilon: float | Array = 1e-6
+) -> Float[Array, "*rows c"]:
+    """RMSNorm by the mean square of the counted slots of the last axis.
+
+    y = scale x / sqrt(mean(x^2) + epsilon), the mean over the counted slots.
+
+    Args:
+        x: any leading axes, then the slots.
+        scale: multiplies.
+        counted: not zero where a slot is counted.
+        epsilon: added to the mean square.
+
+    Example:
+        >>> width_rms_norm(x, scale, jnp.ones_like(scale))  # RMSNorm
+    """
+    return x * tinyjax_inverse_rms(x, counted, epsilon) * scale
 
 
 @jax.jit
-def width_rms_norm(
-    x: Float[Array, "*rows c"], scale: Float[Array, " c"], epsilon: float | Array = 1e-6
-) -> Float[Array, "*rows c"]:
-    """RMSNorm over the live slots of the last axis: the mean square is divided by the live width, not the capacity.
+def tinyjax_centred(x: Float[Array, "*rows c"], counted: Float[Array, " c"]) -> Float[Array, "*rows c"]:
+    """`x` minus, in counted slots, the mean of the counted slots."""
+    return x - jnp.where(counted != 0, _mean(x, counted != 0, (-1,)), 0)
 
-    y = scale x / sqrt(mean(x^2) + epsilon), the mean over the slots whose scale is not zero.
 
-    Args:
-        x: any leading axes, then the slots.
-        scale: zero in dead slots.
-        epsilon: added to the mean square.
-    """
-    live = scale != 0
-    return x * jax.lax.rsqrt(_mean(x**2, live, (-1,)) + epsilon) * scale
+@jax.jit
+def tinyjax_inverse_rms(
+    x: Float[Array, "*rows c"], counted: Float[Array, " c"], epsilon: float | Array
+) -> Float[Array, "*rows 1"]:
+    """1 / sqrt(mean(x^2) + epsilon), the mean over the counted slots."""
+    return jax.lax.rsqrt(_mean(x**2, counted != 0, (-1,)) + epsilon)
 
 
 @jax.jit(static_argnames="group_size")
@@ -64,8 +96,8 @@ def width_group_norm(
 ) -> Float[Array, "n *space c"]:
     """GroupNorm with groups of a fixed *size*, so that more channels make more groups and leave the old ones alone.
 
-    Channel j belongs to group j // group_size; statistics run over all pixels and the live channels of a group. The
-    last group may be incomplete.
+    Channel j belongs to group j // group_size; statistics run over all pixels and the live channels of a group, those
+    whose scale is not zero; a dead channel gives zero. The last group may be incomplete.
 
     Args:
         x: samples, any number of space axes, channels.
@@ -90,7 +122,7 @@ def width_group_norm(
 
 
 class WidthLayerNorm(nn.Module):
-    """`width_layer_norm` as a layer, in the place of `nn.LayerNorm`.
+    """`width_layer_norm` as a layer, in the place of `nn.LayerNorm`; its parameters are `scale`, `bias` and `counted`.
 
     Attributes:
         epsilon: added to the variance.
@@ -104,14 +136,14 @@ class WidthLayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows c"]) -> Float[Array, "*rows c"]:
-        """Normalises the live slots of the last axis."""
+        """Normalises the last axis by its counted slots."""
         scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype)
         shift = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
-        return width_layer_norm(x, scale, shift, self.epsilon)
+        return width_layer_norm(x, scale, shift, _counted(self, x), self.epsilon)
 
 
 class WidthRMSNorm(nn.Module):
-    """`width_rms_norm` as a layer, in the place of `nn.RMSNorm`.
+    """`width_rms_norm` as a layer, in the place of `nn.RMSNorm`; its parameters are `scale` and `counted`.
 
     Attributes:
         epsilon: added to the mean square.
@@ -125,8 +157,9 @@ class WidthRMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows c"]) -> Float[Array, "*rows c"]:
-        """Normalises the live slots of the last axis."""
-        return width_rms_norm(x, self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype), self.epsilon)
+        """Normalises the last axis by its counted slots."""
+        scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype)
+        return width_rms_norm(x, scale, _counted(self, x), self.epsilon)
 
 
 class WidthGroupNorm(nn.Module):
@@ -152,6 +185,10 @@ class WidthGroupNorm(nn.Module):
         scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype)
         shift = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
         return width_group_norm(x, scale, shift, self.epsilon, group_size=self.group_size)
+
+
+def _counted(module: nn.Module, x: Array) -> Array:
+    return module.param("counted", nn.initializers.ones, x.shape[-1:], jnp.float32)
 
 
 def _mean(x: Array, live: Bool[Array, "..."], axes: tuple[int, ...]) -> Array:
