@@ -23,6 +23,7 @@ from tinyjax.methods import (
     predicted_gain,
     refit_fan_out,
     update_gain,
+    with_ridges,
 )
 from tinyjax.scaling import LineSearch
 from tinyjax.site import Site
@@ -184,8 +185,10 @@ def _fit(
 ) -> tuple[Neurons, Array | None, dict[str, Array], Slopes]:
     """The neurons and the update of one layer, with bottlenecks, gains and slopes in the linear model at amplitude 1.
 
-    One program fits all samples, the even and the odd ones in turn; what a half found is scored on the other.
+    One program fits all samples, the even and the odd ones in turn, at the ridges chosen for all; what a half found is
+    scored on the other.
     """
+    statistics = with_ridges(statistics)
 
     def fit(part: Array) -> tuple[Neurons, Neurons, Array | None]:
         kept = keep_halves(statistics, (part == 0) | (jnp.arange(2) == part - 1))

@@ -42,6 +42,8 @@ class Statistics:
         width: () number of used slots.
         bias_prev: whether the producer has a bias.
         bias: whether the consumer has a bias.
+        ridge: () the ridge of neurons chosen on held-out samples, by `with_ridges`; None: not yet chosen.
+        ridge_update: () the same for the best update.
     """
 
     count: Array
@@ -57,6 +59,8 @@ class Statistics:
     width: Array
     bias_prev: bool = dataclasses.field(metadata={"static": True})
     bias: bool = dataclasses.field(metadata={"static": True})
+    ridge: Array | None = None
+    ridge_update: Array | None = None
 
 
 class Moments(NamedTuple):
@@ -85,7 +89,8 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
             "`merge` got statistics of different shapes or fields; merge only statistics of one site at one capacity, "
             f"estimated with the same options. Got {structures[0]} and {structures[1]}."
         )
-    return _replace_sums(b, lambda name: jax.tree.map(jnp.add, getattr(a, name), getattr(b, name)))
+    added = _replace_sums(b, lambda name: jax.tree.map(jnp.add, getattr(a, name), getattr(b, name)))
+    return dataclasses.replace(added, ridge=None, ridge_update=None)
 
 
 def moments(statistics: Statistics) -> Moments:
@@ -94,10 +99,10 @@ def moments(statistics: Statistics) -> Moments:
     Example:
         >>> S = moments(statistics).gram_prev  # (D, D): the paper's S
     """
-    return _divide(statistics, lambda x: x.sum(axis=0))
+    return _divide(statistics, lambda x: x[0] + x[1])  # XLA is slow to reduce an axis of two
 
 
-def half(statistics: Statistics, index: int | Array) -> Moments:
+def half(statistics: Statistics, index: int) -> Moments:
     """Means over the even (`index` 0) or the odd (`index` 1) samples."""
     return _divide(statistics, lambda x: x[index])
 

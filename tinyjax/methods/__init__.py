@@ -25,6 +25,7 @@ from tinyjax.methods.random import symmetric_uniform as symmetric_uniform
 from tinyjax.methods.random0 import random0 as random0
 from tinyjax.methods.ridge import held_out as held_out
 from tinyjax.methods.ridge import held_out_update as held_out_update
+from tinyjax.methods.ridge import with_ridges as with_ridges
 from tinyjax.methods.tiny import tiny as tiny
 from tinyjax.methods.tiny0 import tiny0 as tiny0
 from tinyjax.methods.tiny_conv_als import ConvGains as ConvGains

@@ -5,6 +5,7 @@ A fit with ridge r moves the pre-activations by X = (S + r diag S)^-1 N; on the 
 factors 1 / (eigenvalue + r), so one `eigh` a half gives the score of every ridge at once.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,8 +45,10 @@ def held_out_update(statistics: Statistics) -> Array:
     """The ridge of `best_update` whose update generalises best from one half of the samples to the other.
 
     The grid is 10^2 .. 10^-4 in half decades; while its edge wins it is extended, to at most 10^4 and 10^-8. With an
-    empty half nothing can be compared and the ridge is 1.
+    empty half nothing can be compared and the ridge is 1. A ridge chosen before by `with_ridges` is kept.
     """
+    if statistics.ridge_update is not None:
+        return statistics.ridge_update
 
     def fold(a: Moments, b: Moments) -> Fold:
         return Fold(a.gram, a.cross, jnp.diagonal(a.gram), b.gram, b.cross)
@@ -56,8 +59,11 @@ def held_out_update(statistics: Statistics) -> Array:
 def held_out(statistics: Statistics) -> Array:
     """The ridge of `tiny` whose neurons generalise best from one half of the samples to the other.
 
-    Both halves are projected by the update fitted on the first, at its own ridge `held_out_update`. Grid as there.
+    Both halves are projected by the update fitted on the first, at its own ridge `held_out_update`. Grid as there. A
+    ridge chosen before by `with_ridges` is kept.
     """
+    if statistics.ridge is not None:
+        return statistics.ridge
     update_ridge = held_out_update(statistics)
 
     def fold(a: Moments, b: Moments) -> Fold:
@@ -66,6 +72,16 @@ def held_out(statistics: Statistics) -> Array:
         return Fold(a.gram_prev, cross, jnp.diagonal(a.gram_prev), b.gram_prev, cross_test)
 
     return choose(statistics, fold)
+
+
+def with_ridges(statistics: Statistics) -> Statistics:
+    """The statistics with both ridges chosen: methods and updates then share them instead of choosing again.
+
+    They stay with the halves (`keep_half`), so that a fit to one half uses the ridges of the whole.
+    """
+    update_ridge = held_out_update(statistics)
+    statistics = dataclasses.replace(statistics, ridge_update=update_ridge)
+    return dataclasses.replace(statistics, ridge=held_out(statistics))
 
 
 def choose(statistics: Statistics, fold: Callable[[Moments, Moments], Fold]) -> Array:
@@ -80,11 +96,11 @@ def choose(statistics: Statistics, fold: Callable[[Moments, Moments], Fold]) -> 
     """
     grid = jnp.asarray([10.0**e for e in _EXPONENTS], statistics.gram.dtype)
 
-    def score_on_other(fitted: Array) -> Array:
-        return score(fold(half(statistics, fitted), half(statistics, 1 - fitted)), grid)
-
     def decide() -> Array:
-        return grid[_climb(jnp.sum(jax.lax.map(score_on_other, jnp.arange(2)), axis=0))]
+        halves = [half(statistics, i) for i in (0, 1)]
+        fitted, other = (jax.tree.map(lambda *x: jnp.stack(x), *pair) for pair in (halves, halves[::-1]))
+        scores = jax.lax.map(lambda both: score(fold(*both), grid), (fitted, other))
+        return grid[_climb(scores[0] + scores[1])]
 
     # A branch, not a `where`: the two eigendecompositions are most of a growth's work on a wide layer.
     return jax.lax.cond(jnp.all(statistics.count > 0), decide, lambda: jnp.asarray(_UNDECIDED, grid.dtype))
@@ -105,6 +121,7 @@ def score(fold: Fold, ridges: Array) -> Array:
 def _climb(scores: Array) -> Array:
     """Index of the best score of the core grid; from an edge of it, on uphill."""
     core = _CORE.start + jnp.argmax(scores[_CORE])
-    step = jnp.where(core == _CORE.stop - 1, 1, jnp.where(core == _CORE.start, -1, 0))
-    walled = jnp.pad(scores, 1, constant_values=-jnp.inf)  # index i of `scores` is i + 1 here
-    return jax.lax.while_loop(lambda i: walled[i + 1 + step] > walled[i + 1], lambda i: i + step, core)
+    # How far the scores go on rising from each edge of the core.
+    lower, upper = scores[: _CORE.start + 1][::-1], scores[_CORE.stop - 1 :]
+    down, up = (jnp.sum(jnp.cumprod(side[1:] > side[:-1])) for side in (lower, upper))
+    return core + jnp.where(core == _CORE.stop - 1, up, jnp.where(core == _CORE.start, -down, 0))
