@@ -80,7 +80,6 @@ on_hidden("softplus", lambda h, p, b: jax.nn.softplus(h), "maps 0 to 0.693")
 on_hidden("cos", lambda h, p, b: jnp.cos(h), "`cos` maps 0 to 1")
 on_hidden("dropout", lambda h, p, b: h * jax.random.bernoulli(b["k"], 0.5, h.shape), "random", batch=keyed)
 on_hidden("dropout_fixed", lambda h, p, b: h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape), "random")
-on_hidden("dropout_rows", lambda h, p, b: h * jax.random.bernoulli(b["k"], 0.5, (6, 4, 1)), "weighted", batch=keyed)
 on_hidden("zeroed_unit", lambda h, p, b: h.at[..., 0].set(0.0), "scatter")
 on_hidden("slices_of_units", lambda h, p, b: jnp.concatenate([h[..., 2:], h[..., :2]], -1), "slice")
 on_hidden(
@@ -106,19 +105,8 @@ on_hidden("loop", lambda h, p, b: jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(
 on_hidden("cond", lambda h, p, b: jax.lax.cond(b["x"].sum() > 0, jnp.tanh, jnp.sin, h), "cond_out")
 on_hidden("stacked_pair", lambda h, p, b: jnp.stack([h, jnp.sin(h)], 1), "stack")
 
-# Rows weighted one by one: the input of the producer is not the tangent of a new neuron
-on_hidden("mask", lambda h, p, b: h * b["m"][..., None], "mask", batch=keyed)
-on_hidden("mask_where", lambda h, p, b: jnp.where(b["m"][..., None] > 0, h, 0), "mask", batch=keyed)
-on_hidden("row_gate", lambda h, p, b: h * jax.nn.sigmoid(b["x"][..., :1]), "gate")
-on_hidden("row_norm", lambda h, p, b: h / jnp.linalg.norm(b["x"], axis=-1, keepdims=True), "weighted")
-on_hidden("position_weight", lambda h, p, b: h * jnp.arange(4.0)[:, None], "weighted")
-on_hidden("learned_weight", lambda h, p, b: h * p["g"][:, None], "weighted", draw(g=(4,)))
-on_hidden("layer_gate", lambda h, p, b: h * jnp.tanh(b["x"] @ p["g"]), "weighted", draw(g=(5, 1)))
+# Rows weighted unit by unit
 on_hidden("embedding_gate", lambda h, p, b: h * p["u"].T[b["y"]], "weighted", batch=labelled(6, 5))
-refuse("time_gate", lambda p, b: jax.lax.map(
-    lambda s: head(p, hidden(p, s[0]) * s[1]), (b["x"].swapaxes(0, 1), jnp.arange(4.0))), "weighted")  # fmt: skip
-refuse("carried_gate", lambda p, b: jax.lax.scan(
-    lambda c, s: (c + 1, head(p, hidden(p, s) * c)), 1.0, b["x"].swapaxes(0, 1))[1], "weighted")  # fmt: skip
 
 # Scans
 refuse("another_scan", lambda p, b: over_time(lambda h: head(p, h), over_time(lambda x: hidden(p, x), b["x"])), "scan")

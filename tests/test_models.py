@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from tinyjax.layout import named_leaves
 from tinyjax.models import (
     MLP,
     VGG,
@@ -194,23 +195,35 @@ def draw(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).standard_normal(shape)
 
 
-def test_layer_norm_is_that_of_the_live_slots():
+def test_layer_norm_is_that_of_the_counted_slots():
     x, scale, shift = draw(6, 3, 5), draw(5), draw(5) + 1
     expected = np.empty_like(x)
     for i in np.ndindex(6, 3):
         mean = sum(x[i]) / 5
         variance = sum((value - mean) ** 2 for value in x[i]) / 5
         expected[i] = (x[i] - mean) / np.sqrt(variance + 1e-3) * scale + shift
-    out = width_layer_norm(spread(x), spread(scale), spread(shift), 1e-3)
+    out = width_layer_norm(*map(jnp.asarray, map(spread, (x, scale, shift, np.ones(5)))), 1e-3)
     np.testing.assert_allclose(out, spread(expected), atol=1e-12)
 
 
-def test_rms_norm_is_that_of_the_live_slots():
+def test_rms_norm_is_that_of_the_counted_slots():
     x, scale = draw(6, 3, 5), draw(5)
     expected = np.empty_like(x)
     for i in np.ndindex(6, 3):
         expected[i] = x[i] / np.sqrt(sum(value**2 for value in x[i]) / 5 + 1e-3) * scale
-    np.testing.assert_allclose(width_rms_norm(spread(x), spread(scale), 1e-3), spread(expected), atol=1e-12)
+    out = width_rms_norm(*map(jnp.asarray, map(spread, (x, scale, np.ones(5)))), 1e-3)
+    np.testing.assert_allclose(out, spread(expected), atol=1e-12)
+
+
+def test_what_is_not_counted_is_divided_by_the_others_and_not_centred():
+    x, counted = jnp.asarray(draw(6, 5)), jnp.array([1.0, 0, 1, 1, 0])
+    seen = x[:, np.asarray(counted) == 1]
+    mean, std = seen.mean(1, keepdims=True), seen.std(1, keepdims=True)
+    expected = np.where(counted, x - mean, x) / std * 2 + 3
+    out = width_layer_norm(x, jnp.full(5, 2.0), jnp.full(5, 3.0), counted, 0.0)
+    np.testing.assert_allclose(out, expected, rtol=1e-12)
+    out = width_rms_norm(x, jnp.full(5, 2.0), counted, 0.0)
+    np.testing.assert_allclose(out, 2 * x / np.sqrt((seen**2).mean(1, keepdims=True)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("width", [4, 5, 6])
@@ -244,6 +257,8 @@ def test_a_full_norm_is_flax_own(drop_in, flax):
     x = jnp.asarray(draw(3, 5, 8), jnp.float32)
     ours, variables = drop_in.init_with_output(jax.random.key(0), x)
     theirs, expected = flax.init_with_output(jax.random.key(0), x)
+    counted = variables["params"].pop("counted", jnp.ones(8))
+    np.testing.assert_array_equal(counted, np.ones(8))
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, expected)
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, theirs, atol=3e-6)
@@ -303,8 +318,8 @@ def test_padded_net_trains_as_the_exact_one(norm):
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     start = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), Net(5, norm).init(rngs, x)["params"])
     exact, padded = train(5, start), train(8, pad_net(start))
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start, exact)
-    assert min(jax.tree.leaves(moved)) > 1e-2
+    moved = named_leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start, exact))
+    assert min(change for name, change in moved.items() if "counted" not in name) > 1e-2
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), pad_net(exact), padded)
     for leaf in (padded["in"]["kernel"][:, 5:], padded["norm"]["scale"][5:], padded["out"]["kernel"][5:]):
         assert not np.any(leaf)
