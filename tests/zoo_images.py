@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -354,6 +355,99 @@ def nnx_training() -> Model:
 @normalised
 def nnx_evaluation() -> Model:
     return nnx_normed(True)
+
+
+class NormedEquinox(eqx.Module):
+    conv: eqx.nn.Conv2d
+    norm: eqx.nn.BatchNorm
+    last: eqx.nn.Conv2d
+
+    def __init__(self, mode):
+        keys = jax.random.split(jax.random.key(0))
+        self.conv = eqx.nn.Conv2d(2, 3, 3, padding=1, key=keys[0])
+        self.norm = eqx.nn.BatchNorm(3, "batch", mode=mode)
+        self.last = eqx.nn.Conv2d(3, 2, 2, use_bias=False, key=keys[1])
+
+    def __call__(self, x, state):
+        x, state = self.norm(self.conv(x), state)
+        return self.last(jnp.tanh(x)).mean((1, 2)), state
+
+
+def equinox_normed(mode: str, evaluate: bool) -> Model:
+    """One sample at a time: the statistics of the batch are means over a named axis."""
+    arrays, static = eqx.partition(eqx.nn.make_with_state(NormedEquinox)(mode), eqx.is_inexact_array)
+    static = eqx.nn.inference_mode(static, evaluate)
+
+    def loss(arrays, batch):
+        net, state = eqx.combine(arrays, static)
+        run = jax.vmap(net, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        outputs, state = run(batch["x"], state)
+        return jnp.mean(outputs**2 + outputs), eqx.filter(state, eqx.is_inexact_array)
+
+    return Model(loss, running_statistics(f64(arrays)), data(6, 2, 4, 4), {"0/conv": 3}, has_aux=True)
+
+
+def running_statistics(arrays: Any) -> Any:
+    """Running means and positive running variances of channels in Equinox's state, which has no names for them."""
+    net, state = arrays
+    leaves, structure = jax.tree.flatten(state)
+    return net, jax.tree.unflatten(structure, [jnp.abs(leaf) + 0.5 for leaf in leaves])
+
+
+@normalised
+def equinox_training() -> Model:
+    return equinox_normed("batch", False)._replace(coupled="mean")
+
+
+@normalised
+def equinox_by_running_averages() -> Model:
+    """Mode "ema": even training normalises by the running average, into which the batch has entered."""
+    return equinox_normed("ema", False)._replace(coupled="mean")
+
+
+@normalised
+def equinox_evaluation() -> Model:
+    return equinox_normed("ema", True)
+
+
+def haiku_normed(training: bool) -> Model:
+    def net(x, training):
+        norm = partial(hk.BatchNorm, create_scale=True, create_offset=True, decay_rate=0.9)
+        x = jnp.tanh(norm(name="norm1")(hk.Conv2D(3, 3, name="first")(x), training))
+        x = jnp.tanh(norm(name="norm2")(hk.Linear(4, name="second")(x.reshape(x.shape[0], -1)), training))
+        return hk.Linear(2, name="head")(x)
+
+    batch = data(6, 4, 4, 2)
+    transformed = hk.without_apply_rng(hk.transform_with_state(net))
+    params, state = jax.eval_shape(lambda: transformed.init(jax.random.key(0), batch["x"], True))
+    state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state)
+
+    def loss(variables, batch):
+        params, averages = variables
+        whole = {name: averages.get(name, {}) | _counters(leaves) for name, leaves in state.items()}
+        outputs, new = transformed.apply(params, whole, batch["x"], training)
+        return jnp.mean(outputs**2 + outputs), (params, new)
+
+    floats = {
+        name: {key: leaf for key, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+        for name, leaves in state.items()
+    }
+    variables = f64(params), jax.tree.map(lambda leaf: jnp.abs(leaf) + 0.5, f64(floats))
+    return Model(loss, variables, batch, {"0/first": 3, "0/second": 4}, has_aux=True)
+
+
+def _counters(leaves: Any) -> Any:
+    return {key: leaf for key, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)}
+
+
+@normalised
+def haiku_training() -> Model:
+    return haiku_normed(True)._replace(coupled="mean")
+
+
+@normalised
+def haiku_evaluation() -> Model:
+    return haiku_normed(False)
 
 
 @normalised

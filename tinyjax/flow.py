@@ -177,7 +177,9 @@ class Flow:
             return ROW_BY_ROW
         degree = self._degree(op)
         self.modulated.append(op)
-        self.summaries |= {math.prod(p.outs[0].shape) for v in op.ins for p in self.pools.get(v, ())}
+        chains = sorted((self.pools[v] for v in op.ins if v in self.pools), key=len)
+        # A mean over pixels and then over samples is one over both; a pooling before the norm is a summary of its own.
+        self.summaries |= {math.prod(p.outs[0].shape) for p in (*chains[0], chains[-1][-1])}
         if op.name in ("mul", "div") and degree == 0:
             self.normalised.append(op)
         elif op.name != "sub" or degree != 1:
@@ -292,6 +294,9 @@ class Flow:
         op = self._wiring.made_by.get(value)
         if op is not None and op.name in ("broadcast_in_dim", "convert_element_type", "reshape"):
             return self._known(op.ins[0], shifts)
+        if op is not None and shifts and op.name in ("mul", "div") and self._axes.parameter_only(value):
+            factors = op.ins[:1] if op.name == "div" else op.ins  # a running mean, times its momentum
+            return 0 if any(k is not None and k == 0 for k in (self._known(v, shifts) for v in factors)) else None
         return None
 
     def _meet_parameters(self, op: Op) -> None:
