@@ -82,8 +82,10 @@ def with_parameter(act):
     return lambda h: Vector(name="vector")(h)
 
 
-def uncounted(h):
-    return nn.avg_pool(h, (3, 3), strides=(1, 1), padding="SAME", count_include_pad=False)
+def miscounted(h):
+    """Divided by the numbers of pixels in other windows."""
+    counts = lax.reduce_window(jnp.ones((1, *h.shape[1:3], 1)), 0.0, lax.add, (1, 3, 1, 1), (1, 1, 1, 1), "SAME")
+    return lax.reduce_window(h, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME") / counts
 
 
 REFUSED = {
@@ -104,7 +106,17 @@ REFUSED = {
     "rolled": (lambda h: jnp.roll(h, 1, axis=1), "mixed by"),
     "flipped": (lambda h: h[:, ::-1], "mixed by"),
     "cropped": (lambda h: h[:, 1:], "mixed by"),
-    "padded": (lambda h: jnp.pad(h, ((0, 0), (1, 1), (0, 0), (0, 0))), "mixed by `pad`"),
+    "padded_by_ones": (
+        lambda h: jnp.pad(h, ((0, 0), (1, 1), (0, 0), (0, 0)), constant_values=1.0), "mixed by `pad`"
+    ),
+    "padded_around": (lambda h: jnp.pad(h, ((0, 0), (1, 1), (0, 0), (0, 0)), mode="wrap"), "mixed by"),
+    "padded_channels": (lambda h: jnp.pad(h, ((0, 0), (0, 0), (0, 0), (0, 1)))[..., :4], "it passes through `pad`"),
+    "dilated_by_padding": (
+        lambda h: lax.pad(h, 0.0, ((0, 0, 0), (0, 0, 1), (0, 0, 0), (0, 0, 0))), "mixed by `pad`"
+    ),
+    "strided_mean": (
+        lambda h: h.reshape(-1, 2, 2, 4, 4).mean(1), "outer factor of an axis of pixels",
+    ),
     "swapped": (lambda h: h.swapaxes(1, 2), "other pixels"),
     "dilated_max_pool": (
         lambda h: lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID", None, (1, 2, 2, 1)),
@@ -113,7 +125,7 @@ REFUSED = {
     "pool_over_channels": (
         lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 1, 1, 3), (1, 1, 1, 1), "SAME"), "",
     ),
-    "uncounted_average": (uncounted, "weighted one by one"),
+    "miscounted_average": (miscounted, "weighted one by one"),
     "centred": (lambda h: h - h.mean((0, 1, 2)), "centring"),
     "centred_pixels": (lambda h: h - h.mean((1, 2), keepdims=True), "centring"),
     "one_plus_scale": (with_parameter(lambda h, s: h * (1 + s)), "vector/s"),

@@ -181,6 +181,24 @@ def pool_then_flatten() -> Model:
 
 
 @image
+def padding_between() -> Model:
+    """Zeros set beside the pixels by hand, on one side and beyond a crop; pools that leave their padding out."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.tanh(nn.Conv(3, (3, 3), name="first")(x))
+            x = jnp.pad(x, ((0, 0), (2, 1), (0, 3), (0, 0)))
+            x = nn.tanh(nn.Conv(4, (3, 2), padding="VALID", name="second")(x))
+            x = nn.avg_pool(x, (3, 2), strides=(2, 1), padding="SAME", count_include_pad=False)
+            x = nn.tanh(nn.Conv(3, (2, 2), name="third")(x))
+            x = nn.avg_pool(lax.pad(x, 0.0, ((0, 0, 0), (1, -1, 0), (0, 1, 0), (0, 0, 0))), (2, 2), strides=(1, 2))
+            return nn.Dense(2, name="head")(x.reshape(x.shape[0], -1))
+
+    return linen(Net(), data(5, 4, 5, 2), {"first": 3, "second": 4, "third": 3})
+
+
+@image
 def dense_over_pixels() -> Model:
     class Net(nn.Module):
         @nn.compact
@@ -274,14 +292,15 @@ def equinox_convolutions() -> Model:
         eqx.nn.AvgPool2d(2, 2),
         eqx.nn.Conv2d(3, 4, 2, use_bias=False, key=keys[1]),
         eqx.nn.Lambda(jnp.tanh),
+        eqx.nn.AdaptiveAvgPool2d((2, 1)),
         eqx.nn.Lambda(jnp.ravel),
-        eqx.nn.Linear(16, 3, key=keys[2]),
+        eqx.nn.Linear(8, 3, key=keys[2]),
         eqx.nn.Lambda(jnp.tanh),
         eqx.nn.Linear(3, 2, key=keys[3]),
     ]
     arrays, static = eqx.partition(eqx.nn.Sequential(layers), eqx.is_array)
     apply = lambda p, x: jax.vmap(eqx.combine(p, static))(x)  # noqa: E731
-    growable = {"layers/0": 3, "layers/3": 4, "layers/6": 3}
+    growable = {"layers/0": 3, "layers/3": 4, "layers/7": 3}
     return Model(squares(apply), f64(arrays), data(5, 2, 6, 6), growable)
 
 

@@ -6,6 +6,7 @@ is the tangent of a new neuron's fan-in, and an empty neuron (fan-in and bias ze
 slot holds there.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ from tinyjax.uses import Use
 from tinyjax.wiring import Wiring, is_view
 
 ROW_BY_ROW = ""
+WINDOW_MEAN = "reduce_window_mean"
+"""What a sum over windows becomes that is divided by the number of pixels in each."""
+
 _SUMS = ("add", "add_any", "sub")
 _NORMS = ("tinyjax_centred", "tinyjax_inverse_rms")
 
@@ -106,10 +110,12 @@ class Flow:
             why = why or f"its rows are weighted in two ways before `{op.name}`"
         value = self._empty_value(op)
         pools = min((self.pools[v] for v in op.ins if v in self.pools), key=len)
+        if self._divides_by_count(op):
+            pools = (*pools[:-1], dataclasses.replace(pools[-1], name=WINDOW_MEAN))
         degree = self._degree(op)
         for out in along:
             self.mixing[out] = why
-            self.pools[out] = (*pools, op) if _pools(op) else pools
+            self.pools[out] = (*pools, op) if self._pools(op) else pools
             self.weights[out] = (*next(iter(weights)), *own)
             if degree is not None:
                 self.degree[out] = degree
@@ -130,13 +136,32 @@ class Flow:
             if op.name in OWN or op.name in _SUMS:
                 return mixed or self._modulated_by(op), ()
             differing = [i for i, v in enumerate(op.ins) if v not in self.mixing and not self._same_in_all_rows(v)]
+            if self._divides_by_count(op):
+                differing = []
             weights = [weight for i in differing if (weight := self._weight(op, i)) is not None]
             if len(weights) < len(differing):
                 mixed = mixed or f"its rows are weighted one by one in `{op.name}` (a mask or a gate?)"
             return mixed or self._modulated_by(op), tuple(weights)
-        if _pools(op):
+        if self._pools(op):
             return reasons[0], ()
         return f"its rows are mixed by `{op.name}`", ()
+
+    def _pools(self, op: Op) -> bool:
+        """Whether an operation summarises rows, or sets zeros beside them."""
+        if op.name == "pad":
+            inner = any(inner for _, _, inner in op.params["padding_config"])
+            return not inner and self._wiring.scalar(op.ins[1]) == 0
+        return op.name in REDUCTIONS or op.name.startswith("reduce_window")
+
+    def _divides_by_count(self, op: Op) -> bool:
+        """Whether a sum over windows is divided by the number of pixels each window holds, padding left out."""
+        if op.name != "div" or op.ins[0] not in self.mixing or not self.pools[op.ins[0]]:
+            return False
+        value, pool = op.ins[1], self.pools[op.ins[0]][-1]
+        while (maker := self._wiring.made_by.get(value)) is not None and _is_layout(maker):
+            value = maker.ins[0]
+        same = maker is not None and maker.name == pool.name == "reduce_window_sum" and maker.params == pool.params
+        return same and maker is not None and self._wiring.scalar(maker.ins[0]) == 1
 
     def _weight(self, op: Op, operand: int) -> Weight | None:
         """An operand that differs between rows, as a factor of the rows; None where it is no such thing."""
@@ -151,7 +176,7 @@ class Flow:
         value = op.ins[operand]
         while self._has_slots(value):
             maker = self._wiring.made_by.get(value)
-            if maker is None or maker.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
+            if maker is None or not _is_layout(maker):
                 return None
             op, operand, value = maker, 0, maker.ins[0]
         return Weight(op, operand, value, factor)
@@ -276,7 +301,7 @@ class Flow:
             "reduce_window_max",
         ):
             return known[0]
-        if op.name in ("reduce_sum", "reduce_window_sum"):
+        if op.name in ("reduce_sum", "reduce_window_sum", "pad"):
             return 0 if known[0] is not None and known[0] == 0 else None
         if op.name in ELEMENTWISE and all(k is not None for k in known) and op.eqn is not None:
             with jax.ensure_compile_time_eval():
@@ -317,7 +342,11 @@ class Flow:
 
 
 def _is_elementwise(op: Op) -> bool:
-    return op.name in ELEMENTWISE or op.name in ("broadcast_in_dim", "scan_in", "scan_out") or is_view(op)
+    return op.name in ELEMENTWISE or op.name == "scan_out" or _is_layout(op)
+
+
+def _is_layout(op: Op) -> bool:
+    return op.name == "broadcast_in_dim" or is_view(op)
 
 
 def _itself(x: Array) -> Array:
@@ -330,11 +359,6 @@ def _is_zero(x: Array) -> Array:
 
 def _is_one(x: Array) -> Array:
     return x == 1
-
-
-def _pools(op: Op) -> bool:
-    """Whether an operation summarises rows."""
-    return op.name in REDUCTIONS or op.name.startswith("reduce_window")
 
 
 def _zero(value: Value) -> Any:

@@ -6,6 +6,7 @@ into the layout `(samples, *pixels, channels)` that `patches` works on.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -116,13 +117,13 @@ def _pool(axes: Axes, op: Op, pixels: _Pixels) -> tuple[_Pixels, tuple[Window, .
     (value, out), names = (op.ins[0], op.outs[0]), [tuple(roots(axis)) for axis in axes[op.ins[0]]]
     axis_of = {p: names.index(d) for p, d in enumerate(pixels.dimensions) if d and d in names}
     if op.name in REDUCTIONS:
-        reduced = set(op.params["axes"])
-        if not reduced <= set(axis_of.values()) | {d for d, n in enumerate(value.shape) if n == 1}:
-            raise Unaligned(f"`{op.name}` is taken over more than the pixels between producer and consumer")
-        size = tuple(n if axis_of.get(p) in reduced else 1 for p, n in enumerate(pixels.shape))
-        window = whole(size)
-        dimensions = tuple(() if axis_of.get(p) in reduced else d for p, d in enumerate(pixels.dimensions))
-        return _Pixels(out_shape(pixels.shape, window), dimensions), (window,)
+        return _reduce(op, pixels, names)
+    if op.name == "pad":
+        window = pixelwise(rank)._replace(padding=tuple(_padding(op, axis_of.get(p)) for p in range(rank)))
+        padded = tuple(tuple(roots(axes[out][axis_of[p]])) if p in axis_of else () for p in range(rank))
+        if any(_padding(op, d) != (0, 0) for d in range(len(value.shape)) if d not in axis_of.values()):
+            raise Unaligned("`pad` widens more than the pixels between producer and consumer")
+        return _Pixels(out_shape(pixels.shape, window), padded), (window,)
     params = op.params
     dilated = any(d != 1 for d in (*params["base_dilation"], *params["window_dilation"]))
     others = set(range(len(value.shape))) - set(axis_of.values())
@@ -136,6 +137,47 @@ def _pool(axes: Axes, op: Op, pixels: _Pixels) -> tuple[_Pixels, tuple[Window, .
     dimensions = tuple(tuple(roots(axes[out][axis_of[p]])) if p in axis_of else () for p in range(rank))
     windows = _counting_padding(window) if op.name == "reduce_window_sum" else (window,)
     return _Pixels(out_shape(pixels.shape, window), dimensions), windows
+
+
+def _reduce(op: Op, pixels: _Pixels, names: Sequence[tuple[Atom, ...]]) -> tuple[_Pixels, tuple[Window, ...]]:
+    """The pixels after a reduction over whole axes, or over the inner factor of an axis: a window as long as its step.
+
+    Args:
+        op: the reduction.
+        pixels: before it.
+        names: for every axis of its operand the dimensions it is made of.
+    """
+    reduced = set(op.params["axes"])
+    sizes, dimensions, seen = [], [], {d for d, name in enumerate(names) if not name}
+    for dimension in pixels.dimensions:
+        segments = _segments(dimension, names)
+        kept = [d for d in segments if d not in reduced]
+        if kept != segments[: len(kept)]:
+            raise Unaligned(f"`{op.name}` is taken over the outer factor of an axis of pixels")
+        seen.update(segments)
+        sizes.append(math.prod(atom.size for d in segments if d in reduced for atom in names[d]))
+        dimensions.append(tuple(atom for d in kept for atom in names[d]))
+    if not reduced <= seen:
+        raise Unaligned(f"`{op.name}` is taken over more than the pixels between producer and consumer")
+    window = whole(tuple(sizes))._replace(strides=tuple(max(size, 1) for size in sizes))
+    return _Pixels(out_shape(pixels.shape, window), tuple(dimensions)), (window,)
+
+
+def _segments(dimension: tuple[Atom, ...], names: Sequence[tuple[Atom, ...]]) -> list[int]:
+    """The axes that a pixel axis is spread over, outermost first; none where it cannot be told."""
+    found, at = [], 0
+    while at < len(dimension):
+        hit = next((d for d, name in enumerate(names) if name and dimension[at : at + len(name)] == name), None)
+        if hit is None:
+            return []
+        found.append(hit)
+        at += len(names[hit])
+    return found
+
+
+def _padding(op: Op, axis: int | None) -> tuple[int, int]:
+    low, high, _ = (0, 0, 0) if axis is None else op.params["padding_config"][axis]
+    return low, high
 
 
 def _counting_padding(window: Window) -> tuple[Window, ...]:
