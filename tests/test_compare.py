@@ -1,0 +1,78 @@
+"""The comparison of methods: what it counts, what it runs, what it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import compare
+from experiments.flops import flops
+
+
+def test_products_and_convolutions_are_counted():
+    assert flops(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 5))) == 2 * 2 * 3 * 5
+    assert flops(jax.vmap(lambda a, b: a @ b), jnp.ones((7, 2, 3)), jnp.ones((7, 3, 5))) == 7 * 60
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    outputs = 2 * 3 * 3 * 5  # 8x8 images, 3x3 kernels, stride 2
+    assert flops(convolve, jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 5))) == 2 * outputs * 9 * 4
+
+
+def test_loops_count_their_rounds_and_conditionals_their_dearest_branch():
+    x = jnp.ones((4, 4))
+    square = 2 * 4**3
+
+    def scanned(x):
+        return jax.lax.scan(lambda carry, _: (carry @ x, None), x, length=10)[0]
+
+    def either(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    def looped(x):
+        return jax.lax.while_loop(lambda x: x[0, 0] < 100, lambda x: x @ x, x)
+
+    assert flops(jax.jit(scanned), x) == 10 * square
+    assert flops(either, x) == 2 * square
+    assert flops(looped, x) == 2 * square
+    assert flops(jnp.linalg.cholesky, x) == pytest.approx(4**3 / 3)
+    assert flops(jax.grad(lambda x: jnp.sum(x @ x)), x) == 3 * square
+
+
+def test_runs_share_steps_and_data_and_end_at_the_final_width(tmp_path):
+    config = compare.Config(("digits",), ("random0",), start=2, final=4, growths=1, epochs=2, seeds=(0,))
+    rows = list(compare.measure(config))
+    assert [(row["run"], row["epoch"]) for row in rows] == [
+        (name, epoch) for name in ("random0", "fixed", "fixed + dW*") for epoch in (1, 2)
+    ]
+    last = {row["run"]: row for row in rows}
+    assert {tuple(row["widths"]) for row in last.values()} == {(4, 4)}
+    assert len({row["step"] for row in last.values()}) == 1
+    assert len({row["parameters"] for row in last.values()}) == 1
+    # A forward and a backward pass are three products a layer, but the first layer's input has no gradient.
+    per_step = 2 * config.batch_size * (2 * 64 * 4 + 3 * 4 * 4 + 3 * 4 * 10)
+    assert last["fixed"]["gflop"] * 1e9 == last["fixed"]["step"] * per_step
+    assert last["fixed"]["gflop"] < last["random0"]["gflop"] and last["fixed"]["gflop"] < last["fixed + dW*"]["gflop"]
+    compare.draw(rows).savefig(tmp_path / "figure.png")
+
+
+def test_the_fixed_twin_is_read_off_at_the_flops_of_the_grown_run():
+    def row(run, seed, epoch, gflop, test):
+        values = dict(part="run", task="digits", run=run, seed=seed, epoch=epoch, gflop=gflop, test=test)
+        return values | {"validation": test}
+
+    rows = [
+        row(run, seed, epoch, gflop, accuracy + seed / 100)
+        for seed in (0, 1)
+        for run, measured in {
+            "tiny0": [(1.0, 0.5), (2.5, 0.9)],
+            "fixed": [(1.0, 0.4), (2.0, 0.7), (3.0, 0.95)],
+        }.items()
+        for epoch, (gflop, accuracy) in enumerate(measured)
+    ]
+    stopped = compare.final_rows(rows, "digits")[compare.EQUAL_FLOPS]
+    assert [line["gflop"] for line in stopped] == [2.0, 2.0]
+    by_name = {finding.ours.split(", ")[1].split(":")[0]: finding.ours for finding in compare.findings(rows)}
+    assert "minus fixed -5.00 ± 0.00" in by_name["tiny0"]
+    np.testing.assert_allclose([line["test"] for line in stopped], [0.7, 0.71])
