@@ -15,6 +15,7 @@ from tinyjax.rules import BETWEEN_ACTIVATIONS
 from tinyjax.site import Kernel, Member, Norm, Site
 from tinyjax.trace import Value
 from tinyjax.uses import Use
+from tinyjax.wiring import is_view
 
 
 class Path(NamedTuple):
@@ -186,9 +187,7 @@ def _row_reason(model: Dimensions, producer: Use, consumers: Sequence[Use], flow
 def _tensor(model: Dimensions, use: Use) -> Value:
     """The tensor a consumer reads, layout aside."""
     value = use.input_value
-    while (op := model.wiring.made_by.get(value)) is not None and op.name in (
-        "reshape", "transpose", "squeeze", "convert_element_type", "copy",
-    ):  # fmt: skip
+    while (op := model.wiring.made_by.get(value)) is not None and is_view(op) and op.name != "scan_in":
         value = op.ins[0]
     return value
 
