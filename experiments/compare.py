@@ -132,7 +132,7 @@ def make_task(name: str, config: Config) -> Task:
 
     def loss_at(widths: tuple[int, ...]) -> Callable[..., jax.Array]:
         def loss_fn(params: Any, batch: data.Batch) -> jax.Array:
-            logits = model(widths=widths).apply(params, batch.image)
+            logits: Any = model(widths=widths).apply(params, batch.image)
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean()
 
         return loss_fn
@@ -144,7 +144,8 @@ def make_task(name: str, config: Config) -> Task:
         return jax.eval_shape(partial(params_at, widths), jax.random.key(0))
 
     def accuracy(params: Any, batch: data.Batch) -> jax.Array:
-        return jnp.mean(model(widths=full).apply(params, batch.image).argmax(-1) == batch.label)
+        logits: Any = model(widths=full).apply(params, batch.image)
+        return jnp.mean(logits.argmax(-1) == batch.label)
 
     sites = tinyjax.find_sites(loss_at(full), shapes_at(full), splits["train"]).growable
 
