@@ -3,6 +3,9 @@
 A normalisation rescales a new channel whatever its fan-in, so the amplitude of a birth means nothing unless the
 normalisation is the identity on it at that moment: scale = sqrt(var + eps) and shift = mean of the channel's response
 on the batch, and the same running statistics, so that training and evaluation agree.
+
+Running averages that are corrected for their start at zero (Haiku's, and Equinox's in mode "batch") are divided by
+1 - decay^steps in evaluation: there a newborn is the identity only once that factor is close to 1.
 """
 
 from collections.abc import Mapping
