@@ -28,6 +28,7 @@ import optax
 
 import tinyjax
 from experiments.flops import flops
+from experiments.relu import relu
 from experiments.results import Experiment, Finding, Row, column, distinct, run, select, spread
 from tinyjax import data, methods
 from tinyjax.costs import parameters
@@ -89,11 +90,6 @@ PRESETS = {
         ("digits", "mnist5k"), tuple(METHODS), start=2, final=64, growths=8, epochs=30, seeds=(0, 1, 2, 3, 4)
     ),
 }
-
-
-def relu(x: jax.Array) -> jax.Array:
-    """ReLU whose slope at 0 is 1."""
-    return jnp.where(x >= 0, x, 0)
 
 
 @methods.traits(function_preserving=True, stochastic=False)

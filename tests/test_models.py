@@ -172,7 +172,7 @@ def test_mlp_is_dense_layers():
     h = np.asarray(x).reshape(4, 6)
     for name in ("hidden_1", "hidden_2"):
         h = np.tanh(h @ params[name]["kernel"] + params[name]["bias"])
-    np.testing.assert_allclose(logits, h @ params["logits"]["kernel"] + params["logits"]["bias"], rtol=1e-5)
+    np.testing.assert_allclose(logits, h @ params["logits"]["kernel"] + params["logits"]["bias"], rtol=1e-5, atol=1e-6)
     assert count(params) == 6 * 5 + 5 + 5 * 3 + 3 + 3 * 2 + 2
 
 

@@ -48,19 +48,24 @@ class ResNet18(nn.Module):
         widths: inner widths of the eight blocks, from the image on.
         num_classes: number of logits.
         activation: after the stem, inside the blocks and after each sum.
+        stream: channels of the residual stream, by stage; narrower ones give a smaller network of the same shape.
     """
 
     widths: tuple[int, ...]
     num_classes: int
     activation: Callable[[Array], Array] = nn.relu
+    stream: tuple[int, ...] = STREAM
 
     @nn.compact
     def __call__(self, x: Float[Array, "n height width channels"], *, train: bool) -> Float[Array, "n classes"]:
         """Logits of a batch; `train` normalises by the batch's own statistics."""
-        if len(self.widths) != len(STREAM) * BLOCKS_PER_STAGE:
-            raise ValueError(f"`widths` must name the inner widths of 8 blocks; got {len(self.widths)}: {self.widths}")
+        blocks = len(self.stream) * BLOCKS_PER_STAGE
+        if len(self.widths) != blocks:
+            raise ValueError(
+                f"`widths` must name the inner widths of {blocks} blocks; got {len(self.widths)}: {self.widths}"
+            )
         layer = 1
-        for stage, stream in enumerate(STREAM):
+        for stage, stream in enumerate(self.stream):
             x = self.activation(ConvNorm(stream, stride=1 if stage == 0 else 2, name=f"conv_{layer}")(x, train=train))
             for width in self.widths[BLOCKS_PER_STAGE * stage :][:BLOCKS_PER_STAGE]:
                 layer += 1
