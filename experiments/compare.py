@@ -53,6 +53,7 @@ class Config(NamedTuple):
         growths: number of growths, all in the first quarter.
         epochs: of training.
         seeds: of initialisation, batch order and growth.
+        record_every: epochs between rows.
     """
 
     datasets: tuple[str, ...]
@@ -64,6 +65,7 @@ class Config(NamedTuple):
     seeds: tuple[int, ...]
     batch_size: int = 128
     learning_rate: float = 3e-3
+    record_every: int = 3
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -85,7 +87,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "random0": dict(method=methods.random0),
 }
 PRESETS = {
-    "smoke": Config(("digits",), ("tiny0", "random0"), start=2, final=8, growths=2, epochs=4, seeds=(0,)),
+    "smoke": Config(
+        ("digits",), ("tiny0", "random0"), start=2, final=8, growths=2, epochs=4, seeds=(0,), record_every=1
+    ),
     "cpu": Config(
         ("digits", "mnist5k"), tuple(METHODS), start=2, final=64, growths=8, epochs=30, seeds=(0, 1, 2, 3, 4)
     ),
@@ -219,7 +223,7 @@ def train(
     opt_state = task.optimizer.init(params)
     used = dict.fromkeys(task.sites.names, config.final if fixed else config.start)
     calendar = dict.fromkeys(task.sites.names, config.start)  # the twin keeps the grown network's
-    operations, seconds, step, predicted, achieved = 0.0, 0.0, 0, [], []
+    operations, seconds, step = 0.0, 0.0, 0
     for epoch in range(config.epochs):
         began = time.perf_counter()
         for batch in data.batches(task.splits["train"], batch_size=config.batch_size, seed=seed, epoch=epoch):
@@ -230,17 +234,16 @@ def train(
                 params, opt_state, info = grow(params, task.splits["train"], opt_state, growth_key, added)
                 calendar = {site: width + added.get(site, 0) for site, width in calendar.items()}
                 used |= {} if fixed else {site: int(width) for site, width in info.width.items()}
-                predicted.append(sum(float(gain) for gain in info.gain_predicted.values()))
-                achieved.append(sum(float(gain) for gain in info.gain_achieved.values()))
             params, opt_state, _, _ = task.train(params, opt_state, batch)
             operations += task.training_flops(tuple(used.values()))
             step += 1
         jax.block_until_ready(params)
         seconds += time.perf_counter() - began
+        if (epoch + 1) % config.record_every and epoch + 1 < config.epochs:
+            continue
         row: Row = {"part": "run", "task": task.name, "run": name, "seed": seed, "epoch": epoch + 1, "step": step}
         row |= {"parameters": parameters(task.sites, used), "gflop": operations / 1e9, "seconds": seconds}
-        row |= {split: float(task.accuracy(params, batch)) for split, batch in task.splits.items()}
-        yield row | {"widths": list(used.values()), "gain_predicted": predicted, "gain_achieved": achieved}
+        yield row | {split: float(task.accuracy(params, batch)) for split, batch in task.splits.items()}
 
 
 def final_rows(rows: list[Row], task: str) -> dict[str, list[Row]]:
@@ -264,16 +267,31 @@ def findings(rows: list[Row]) -> list[Finding]:
     for task in distinct(rows, "task"):
         found = final_rows(rows, task)
         fixed = column(found["fixed"], "test")
+        cells = []
         for name, last in found.items():
             difference = 100 * (column(last, "test") - fixed)
             error = f" ± {np.std(difference, ddof=1) / np.sqrt(len(difference)):.2f}" if len(difference) > 1 else ""
-            ours = (
-                f"{task}, {name}: test {spread(column(last, 'test'), 2, 100)} %, validation "
-                f"{spread(column(last, 'validation'), 2, 100)} %, {np.mean(column(last, 'gflop')):.1f} GFLOP, "
-                f"minus fixed {np.mean(difference):+.2f}{error}"
+            cells.append(
+                f"{name} {spread(column(last, 'test'), 2, 100)} (minus fixed {np.mean(difference):+.2f}{error}; "
+                f"{np.mean(column(last, 'gflop')):.1f} GFLOP)"
             )
-            lines.append(Finding("Methods compared", ours, "ours alone"))
+        ours = "test accuracy in % at the end, difference with its standard error: " + ", ".join(cells)
+        lines.append(Finding(f"Methods compared, {task}", ours, verdict(found)))
     return lines
+
+
+def verdict(found: dict[str, list[Row]]) -> str:
+    """Which methods differ from the fixed network by more than two standard errors."""
+    fixed = column(found["fixed"], "test")
+    sides: dict[str, list[str]] = {"above": [], "below": []}
+    for name, last in found.items():
+        difference = column(last, "test") - fixed
+        if len(difference) > 1 and abs(np.mean(difference)) > 2 * np.std(difference, ddof=1) / len(difference) ** 0.5:
+            sides["above" if np.mean(difference) > 0 else "below"].append(name)
+    said = [
+        f"{side} fixed by more than two standard errors: {', '.join(names)}" for side, names in sides.items() if names
+    ]
+    return "; ".join(said) or "no method differs from fixed by more than two standard errors"
 
 
 HIGHLIGHTED = ("tiny0", "tiny", "gradmax", "random0", "fixed", "fixed + dW*")

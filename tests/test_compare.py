@@ -41,13 +41,15 @@ def test_loops_count_their_rounds_and_conditionals_their_dearest_branch():
 
 
 def test_runs_share_steps_and_data_and_end_at_the_final_width(tmp_path):
-    config = compare.Config(("digits",), ("random0",), start=2, final=4, growths=1, epochs=2, seeds=(0,))
+    config = compare.Config(
+        ("digits",), ("random0",), start=2, final=4, growths=1, epochs=2, seeds=(0,), record_every=1
+    )
     rows = list(compare.measure(config))
     assert [(row["run"], row["epoch"]) for row in rows] == [
         (name, epoch) for name in ("random0", "fixed", "fixed + dW*") for epoch in (1, 2)
     ]
     last = {row["run"]: row for row in rows}
-    assert {tuple(row["widths"]) for row in last.values()} == {(4, 4)}
+    assert last["random0"]["parameters"] == 64 * 4 + 4 + 4 * 4 + 4 + 4 * 10  # all but the last bias
     assert len({row["step"] for row in last.values()}) == 1
     assert len({row["parameters"] for row in last.values()}) == 1
     # A forward and a backward pass are three products a layer, but the first layer's input has no gradient.
@@ -73,6 +75,7 @@ def test_the_fixed_twin_is_read_off_at_the_flops_of_the_grown_run():
     ]
     stopped = compare.final_rows(rows, "digits")[compare.EQUAL_FLOPS]
     assert [line["gflop"] for line in stopped] == [2.0, 2.0]
-    by_name = {finding.ours.split(", ")[1].split(":")[0]: finding.ours for finding in compare.findings(rows)}
-    assert "minus fixed -5.00 ± 0.00" in by_name["tiny0"]
     np.testing.assert_allclose([line["test"] for line in stopped], [0.7, 0.71])
+    (finding,) = compare.findings(rows)
+    assert "tiny0 90.50 ± 0.71 (minus fixed -5.00 ± 0.00; 2.5 GFLOP)" in finding.ours
+    assert finding.verdict == f"below fixed by more than two standard errors: tiny0, {compare.EQUAL_FLOPS}"
