@@ -470,7 +470,8 @@ def findings(rows: list[Row]) -> list[Finding]:
             ("holds for random targets, far from tight" if within else "differs: a step was slower than the bound")
             + (
                 ". The proof has a gap: equation 188 takes |A^-1| dm to be at most 1 for triangular A, which is false "
-                "for any two points (5.83), and without it some residuals decrease by less than the stated factor"
+                "for any two points (5.83); to some residuals the best of its neurons gives less than the stated "
+                "factor (other ReLU neurons may do better)"
                 if min(row["inverse_least"] for row in bounds) > 1
                 else ""
             ),

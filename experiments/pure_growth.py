@@ -68,7 +68,7 @@ class Config(NamedTuple):
 
 
 PRESETS = {
-    "smoke": Config("digits", (2,), (6,), (2,), 256, ("TINY held-out", "TINY refit", "Random"), (0,)),
+    "smoke": Config("digits", (2,), (6,), (2,), 256, ("TINY refit", "Random"), (0,)),
     "cpu": Config("digits", (2, 2), (64, 64), (4, 4), None, tuple(ALL.split(", ")), (0, 1, 2, 3, 4)),
     "paper": Config(
         dataset="cifar100",
@@ -293,16 +293,17 @@ def draw(rows: list[Row]) -> Any:
 def findings(rows: list[Row]) -> list[Finding]:
     last = max(distinct(rows, "round"))
     final = {name: 100 * column(select(rows, recipe=name, round=last), "test") for name in distinct(rows, "recipe")}
-    best = max((name for name in final if name.startswith("TINY")), key=lambda name: final[name].mean())
     order = ", ".join(f"{name} {spread(values, 1)}" for name, values in final.items())
-    difference = final[best] - final["Random"]
+    # The paper's own solution, chosen beforehand; the test split decides nothing.
+    name = next(name for name in ("TINY exact", "TINY refit") if name in final)
+    difference = final[name] - final["Random"]
     error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf
     ahead = difference.mean() > 2 * error
-    verdict = f"{best} - Random is {spread(difference, 1)} points"
+    verdict = f"{name} - Random is {spread(difference, 1)} points"
     return [
         Finding(
             "Figure 8",
-            f"test accuracy in % after {last} growths: {order}",
+            f"digits, test accuracy in % after {last} growths: {order}",
             (f"reproduced in direction, not in size: {verdict}" if ahead else f"differs: {verdict}")
             + ("" if "Random refit" not in final else _about_controls(final)),
         )
@@ -310,8 +311,18 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 
 def _about_controls(final: dict[str, np.ndarray]) -> str:
-    refit, alone = (spread(final[f"TINY {what}"] - final[f"Random {what}"], 1) for what in ("refit", "alone"))
-    return f"; TINY - Random with the same refit {refit}, both without any update of existing weights {alone}"
+    ridge, refit, alone = (
+        spread(final[ours] - final[theirs], 1)
+        for ours, theirs in (
+            ("TINY held-out", "Random"),
+            ("TINY refit", "Random refit"),
+            ("TINY alone", "Random alone"),
+        )
+    )
+    return (
+        f"; TINY held-out - Random {ridge}; with the same refit of fan-outs {refit}; both without any update of "
+        f"existing weights {alone}"
+    )
 
 
 EXPERIMENT = Experiment("pure_growth", PRESETS, measure, draw, findings)

@@ -51,7 +51,8 @@ def build(train: data.Batch, config: dict[str, Any]) -> Programs:
     model = MLP(widths=(config["final"],) * 2, num_classes=10)
 
     def loss_fn(params: Any, batch: data.Batch) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, batch.image), batch.label).mean()
+        logits: Any = model.apply(params, batch.image)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean()
 
     shapes = jax.eval_shape(model.init, jax.random.key(0), train.image[:1])
     sites = tinyjax.find_sites(loss_fn, shapes, train).growable
@@ -66,7 +67,8 @@ def build(train: data.Batch, config: dict[str, Any]) -> Programs:
     )
 
     def accuracy(params: Any, batch: data.Batch) -> jax.Array:
-        return jnp.mean(model.apply(params, batch.image).argmax(-1) == batch.label)
+        logits: Any = model.apply(params, batch.image)
+        return jnp.mean(logits.argmax(-1) == batch.label)
 
     return Programs(
         sites,
@@ -109,7 +111,7 @@ def tinyjax_process(path: str, config: dict[str, Any]) -> None:
     """What the child process does: prints one JSON line a repetition."""
     arrays = np.load(path)
     splits = {
-        name: data.Batch(jnp.asarray(arrays[f"{name}_x"]), jnp.asarray(arrays[f"{name}_y"]))
+        name: jax.tree.map(jnp.asarray, data.Batch(arrays[f"{name}_x"], arrays[f"{name}_y"]))
         for name in ("train", "test")
     }
     began = time.perf_counter()
