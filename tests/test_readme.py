@@ -1,6 +1,8 @@
 """The README says what is so: its Python runs from top to bottom, its commands and names exist."""
 
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 import tinyjax
 from experiments import grow
+from experiments.bench import versus_gromo
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -75,7 +78,7 @@ def test_every_name_exists():
 
 def test_the_long_forms_are_what_make_does():
     """The commands beside `make run` and `make test` install the extras and start the modules of the Makefile."""
-    commands, _ = blocks("sh")
+    commands, *_ = blocks("sh")
     makefile = (ROOT / "Makefile").read_text()
     options = re.search(r"PYTEST_ARGS \?= (.*)", makefile)[1]
     run, test = commands.splitlines()
@@ -90,6 +93,10 @@ def test_every_file_it_names_is_there():
 
 
 def test_the_commands_of_the_results_are_understood():
-    _, results = blocks("sh")
+    _, results, scripts = blocks("sh")
     for arguments in re.findall(r'ARGS="(.*)"', results):
         assert grow.parse(arguments.split()).seeds == 5
+    for name, preset in re.findall(r"-m (experiments\.\w+) --preset (\w+)", scripts):
+        assert preset in importlib.import_module(name).EXPERIMENT.presets
+    assert "python -m experiments.bench.versus_gromo --gromo" in scripts
+    assert versus_gromo.parse(["--gromo", sys.executable]).dataset == "mnist5k"
