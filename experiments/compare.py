@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 import tinyjax
+from experiments.controls import no_neurons
 from experiments.flops import flops
 from experiments.relu import relu
 from experiments.results import Experiment, Finding, Row, column, distinct, run, select, spread
@@ -94,14 +95,6 @@ PRESETS = {
         ("digits", "mnist5k"), tuple(METHODS), start=2, final=64, growths=8, epochs=30, seeds=(0, 1, 2, 3, 4)
     ),
 }
-
-
-@methods.traits(function_preserving=True, stochastic=False)
-def no_neurons(statistics: tinyjax.Statistics, *, num_neurons: int, key: jax.Array | None = None) -> tinyjax.Neurons:
-    """Adds nothing: what remains of a growth is the best update."""
-    inputs, outputs = statistics.cross_prev.shape[-2:]
-    zeros = partial(jnp.zeros, dtype=statistics.cross_prev.dtype)
-    return tinyjax.Neurons(zeros((inputs, num_neurons)), zeros((num_neurons, outputs)), zeros(num_neurons))
 
 
 class Task(NamedTuple):

@@ -1,11 +1,12 @@
 """The growing schedule of the paper and its numbers, each with its place there (Verbockhaven et al., TMLR 2024)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import optax
 
-from tinyjax.costs import estimation_batch
+from tinyjax.costs import estimation_batch, learning_batch
 from tinyjax.models.resnet import STREAM, inner_widths
 from tinyjax.schedule import Additions, Schedule, Widths
 
@@ -33,7 +34,7 @@ class Protocol(NamedTuple):
         extra: epochs after the last growth.
         optimizer: makes the optimizer.
         initial_batch: training batch at the start; it grows as the square root of the number of parameters (E.2).
-        micro_batch: what batches are multiples of.
+        micro_batch: what batches are multiples of, and what BatchNorm sees at once.
         constant: of E.1, the batch that neurons are estimated from.
         estimation_limit: largest such batch; E.1 asks for up to the whole training set, BatchNorm for one pass of it.
         augment: whether training images are cropped and mirrored.
@@ -46,7 +47,7 @@ class Protocol(NamedTuple):
     extra: float
     optimizer: Callable[[], optax.GradientTransformation]
     initial_batch: int = 32
-    micro_batch: int = 16
+    micro_batch: int = 32
     constant: float = 1e-3
     estimation_limit: int = 2048
     augment: bool = True
@@ -79,19 +80,18 @@ def figure_5(s: float = 1 / 64, between: float = 0.25) -> Protocol:
     )
 
 
-def algorithm_1(neurons: Mapping[str, int], final: Mapping[str, int], due: Callable[[int], bool]) -> Schedule:
+def algorithm_1(neurons: Mapping[str, int], final: Mapping[str, int], due: Callable[[int], int]) -> Schedule:
     """One site a growth, in order, again and again until all have their final width.
 
     Args:
         neurons: added by a growth, by site in the order of the visits.
         final: final widths.
-        due: number of growths so far -> whether it is time for the next.
+        due: step -> number of growths that should have been done before it.
     """
     names = list(neurons)
 
     def schedule(step: int, widths: Widths, history: Sequence[Any] = ()) -> Additions:
-        del step
-        if not due(len(history)):
+        if len(history) >= due(step):
             return {}
         turn = len(history) % len(names)
         for name in names[turn:] + names[:turn]:
@@ -100,6 +100,58 @@ def algorithm_1(neurons: Mapping[str, int], final: Mapping[str, int], due: Calla
         return {}
 
     return schedule
+
+
+class Calendar(NamedTuple):
+    """When a run grows and how large its batches are: functions of the step, so that a resumed run needs no more.
+
+    Attributes:
+        starts: (steps,) images seen before each step.
+        sizes: (steps,) images of each step.
+        due: (steps,) growths that should have been done before each step.
+    """
+
+    starts: np.ndarray
+    sizes: np.ndarray
+    due: np.ndarray
+
+
+def calendar(protocol: Protocol, complexity: Callable[[tuple[int, ...]], int], training_set: int) -> Calendar:
+    """Algorithm 1 in steps: a growth, then `between` epochs, and so on; the batch follows E.2.
+
+    Args:
+        protocol: of the run.
+        complexity: inner widths -> number of parameters.
+        training_set: number of training images.
+    """
+    initial = complexity(protocol.start)
+    sizes: list[int] = []
+    due: list[int] = []
+    for growths, widths in enumerate(planned_widths(protocol), start=1):
+        batch = learning_batch(complexity(widths), initial_complexity=initial, initial_batch=protocol.initial_batch)
+        batch = max(1, round(batch / protocol.micro_batch)) * protocol.micro_batch
+        epochs = protocol.between if growths < protocol.growths else protocol.between + protocol.extra
+        steps = max(1, round(epochs * training_set / batch))
+        sizes += [batch] * steps
+        due += [growths] * steps
+    # Growths that were not kept are made up for after the last one that was planned, at the same pace.
+    tail = steps - max(1, round(protocol.between * training_set / batch))
+    pace = max(1, round(protocol.between * training_set / batch))
+    due[len(due) - tail :] = [protocol.growths + 1 + i // pace for i in range(tail)]
+    return Calendar(np.cumsum([0, *sizes[:-1]]), np.array(sizes), np.array(due))
+
+
+def planned_widths(protocol: Protocol) -> Iterator[tuple[int, ...]]:
+    """Inner widths after each growth of a run in which every growth adds what it should."""
+    names = [str(i) for i in range(len(protocol.start))]
+    schedule = algorithm_1(
+        dict(zip(names, protocol.neurons)), dict(zip(names, protocol.final)), lambda step: protocol.growths
+    )
+    widths, history = dict(zip(names, protocol.start)), []
+    while added := schedule(0, widths, history):
+        widths = {name: width + added.get(name, 0) for name, width in widths.items()}
+        history.append(added)
+        yield tuple(widths.values())
 
 
 def estimation_samples(protocol: Protocol, *, size: int, training_set: int) -> tuple[int, ...]:

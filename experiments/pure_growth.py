@@ -35,6 +35,7 @@ import numpy as np
 import optax
 
 import tinyjax
+from experiments.controls import no_neurons
 from experiments.results import Experiment, Finding, Row, column, distinct, run, select, spread
 from tinyjax import data
 from tinyjax.costs import parameters
@@ -181,13 +182,6 @@ def grown(task: Task, **choices: Any) -> Step:
     options: dict[str, Any] = dict(num_neurons=task.add, fill=None, refresh=True, update_amplitude=tinyjax.line_search)
     grow_step = tinyjax.make_grow_step(task.loss_fn, task.sites, **options | choices)
     return lambda params, batch, key, room: grow_step(params, batch, key, room)[0]
-
-
-@tinyjax.traits(function_preserving=True, stochastic=False)
-def no_neurons(statistics: tinyjax.Statistics, *, num_neurons: int, key: Any = None) -> tinyjax.Neurons:
-    inputs, outputs = statistics.cross_prev.shape[-2:]
-    zeros = partial(jnp.zeros, dtype=statistics.cross_prev.dtype)
-    return tinyjax.Neurons(zeros((inputs, num_neurons)), zeros((num_neurons, outputs)), zeros(num_neurons))
 
 
 def refitted(task: Task, method: Callable[..., Any], *, choose: Callable[..., Any]) -> Step:

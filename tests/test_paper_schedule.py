@@ -14,12 +14,12 @@ SITES = tuple(f"conv_{i}" for i in (2, 3, 5, 6, 8, 9, 11, 12))
 
 
 def walk(protocol):
-    """Widths after every growth of algorithm 1, always due."""
+    """Additions and widths of every growth of algorithm 1, always due."""
     schedule = paper.algorithm_1(
-        dict(zip(SITES, protocol.neurons)), dict(zip(SITES, protocol.final)), lambda growths: True
+        dict(zip(SITES, protocol.neurons)), dict(zip(SITES, protocol.final)), lambda step: step + 1
     )
     widths, history = dict(zip(SITES, protocol.start)), []
-    while added := schedule(0, widths, history):
+    while added := schedule(len(history), widths, history):
         assert len(added) == 1
         widths = {name: width + added.get(name, 0) for name, width in widths.items()}
         history.append(added)

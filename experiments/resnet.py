@@ -1,0 +1,260 @@
+"""The thin ResNet-18 of `experiments.grow`: the widths inside its blocks grow one site at a time (algorithm 1).
+
+Capacities follow a policy: all at once where training a wide network costs less than compiling a narrow one (`cpu`),
+in eight steps for the paper's schedule. Batches grow with the network by micro-batches of one size (E.2), statistics
+come from as many images as E.1 asks for.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import tinyjax
+from experiments import paper
+from experiments.controls import never
+from experiments.relu import relu
+from experiments.tasks import METHODS, Task, load, own_update
+from tinyjax import costs, data, methods
+from tinyjax.models import ResNet18
+from tinyjax.site import resized
+from tinyjax.surgery.capacity import Policy
+
+EVALUATED = 1024  # training images that accuracy is measured on
+CHUNK = 512  # images of one forward pass
+
+
+class Preset(NamedTuple):
+    """What a `--preset` stands for.
+
+    Attributes:
+        protocol: schedule, widths, batches, optimizer.
+        policy: how capacities grow.
+    """
+
+    protocol: paper.Protocol
+    policy: Policy
+
+
+def adam() -> optax.GradientTransformation:
+    return optax.adam(1e-3)
+
+
+PRESETS = {
+    # Two blocks of a quarter-size network have something to grow: seconds.
+    "smoke": Preset(
+        paper.Protocol(
+            stream=(4, 8), start=(1, 4, 2, 8), neurons=(3, 3, 6, 6), between=0.125, extra=0.125, optimizer=adam,
+            augment=False,
+        ),
+        tinyjax.full,
+    ),
+    # A quarter of the paper's channels, from its thinnest start (1, 1, 2, 2, 4, 4, 8, 8).
+    "cpu": Preset(
+        paper.Protocol(
+            stream=(16, 32, 64, 128), start=paper.inner_widths(1 / 64), neurons=paper.NEURONS, between=0.25, extra=2,
+            optimizer=adam, augment=False,
+        ),
+        tinyjax.full,
+    ),
+    "paper": Preset(paper.figure_5(1 / 64), tinyjax.multiple_of(8)),
+}  # fmt: skip
+
+
+class Network(NamedTuple):
+    """A ResNet-18 of a protocol on a data set, and what growing it needs.
+
+    Attributes:
+        protocol: its schedule.
+        policy: of capacities.
+        splits: the data, on the device.
+        sites: inside the blocks, at the final widths.
+        calendar: growths and batch sizes.
+        samples: images a growth looks at, by site.
+        make_loss: capacities by site -> loss.
+        init: (key, widths by site) -> parameters of a network of these widths.
+        correct: (capacities, parameters, batch) -> fraction of correct answers, running statistics in use.
+        parameters: inner widths -> number of parameters.
+    """
+
+    protocol: paper.Protocol
+    policy: Policy
+    splits: Mapping[str, data.Batch]
+    sites: tinyjax.Sites
+    calendar: paper.Calendar
+    samples: Mapping[str, int]
+    make_loss: Callable[[Mapping[str, int]], Callable[..., Any]]
+    init: Callable[[jax.Array, Mapping[str, int]], Any]
+    correct: Callable[[Any, tinyjax.Sites, data.Batch], float]
+    parameters: Callable[[tuple[int, ...]], int]
+
+
+def trained(variables: Any) -> Any:
+    """What the optimizer sees: not the running statistics."""
+    return variables["params"]
+
+
+def with_running_statistics(variables: Any, statistics: Any) -> Any:
+    return {**variables, **statistics}
+
+
+def build(preset: Preset, dataset: data.Dataset, splits: Mapping[str, data.Batch]) -> Network:
+    """The network of a preset on a data set."""
+    protocol, policy = preset
+    train = splits["train"]
+    size, num_train = train.image.shape[1], len(train.label)
+
+    @cache
+    def model(widths: tuple[int, ...]) -> ResNet18:
+        return ResNet18(widths, dataset.num_classes, relu, protocol.stream)
+
+    def loss_of(widths: tuple[int, ...]) -> Callable[..., Any]:
+        def loss_fn(variables: Any, batch: data.Batch) -> tuple[jax.Array, Any]:
+            logits, updates = model(widths).apply(variables, batch.image, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean(), updates
+
+        return loss_fn
+
+    final = jax.eval_shape(partial(model(protocol.final).init, train=False), jax.random.key(0), train.image[:1])
+    few = data.Batch(*(x[:16] for x in train))
+    sites = tinyjax.find_sites(loss_of(protocol.final), final, few, has_aux=True).growable
+    assert tuple(site.capacity for site in sites) == protocol.final, "the sites are the blocks, in order"
+    elsewhere = sum(leaf.size for leaf in jax.tree.leaves(trained(final))) - costs.parameters(sites, {})
+
+    def parameters(widths: tuple[int, ...]) -> int:
+        return elsewhere + costs.parameters(sites, dict(zip(sites.names, widths)))
+
+    def init(key: jax.Array, widths: Mapping[str, int]) -> Any:
+        model_init = partial(model(tuple(widths.values())).init, train=False)
+        return jax.jit(model_init)(key, train.image[:1])
+
+    @partial(jax.jit, static_argnums=0)
+    def correct_of(widths: tuple[int, ...], variables: Any, batch: data.Batch) -> jax.Array:
+        logits: Any = model(widths).apply(variables, batch.image, train=False)
+        return jnp.sum(logits.argmax(-1) == batch.label)
+
+    def correct(variables: Any, sites: tinyjax.Sites, batch: data.Batch) -> float:
+        widths = tuple(site.capacity for site in sites)
+        chunks = (data.Batch(*(x[i : i + CHUNK] for x in batch)) for i in range(0, len(batch.label), CHUNK))
+        return sum(float(correct_of(widths, variables, chunk)) for chunk in chunks) / len(batch.label)
+
+    samples = paper.estimation_samples(protocol, size=size, training_set=num_train)
+    return Network(
+        protocol,
+        policy,
+        splits,
+        sites,
+        paper.calendar(protocol, parameters, num_train),
+        dict(zip(sites.names, samples)),
+        lambda capacities: loss_of(tuple(capacities.values())),
+        init,
+        correct,
+        parameters,
+    )
+
+
+def stream(network: Network, seed: int, step: int) -> Iterator[data.Batch]:
+    """The training batches from a step on: epoch after epoch in an order of its own, cut at the calendar's sizes."""
+    train, num_train = network.splits["train"], len(network.splits["train"].label)
+
+    @cache
+    def order(epoch: int) -> np.ndarray:
+        return data.epoch_order(seed, epoch, num_train)
+
+    for start, size in zip(network.calendar.starts[step:], network.calendar.sizes[step:]):
+        first, last = start // num_train, (start + size - 1) // num_train
+        indices = np.concatenate([order(epoch) for epoch in range(first, last + 1)])[start - first * num_train :][:size]
+        images, labels = train.image[indices], train.label[indices]
+        if network.protocol.augment:
+            images = data.augment(jax.random.fold_in(data.epoch_key(seed, int(first)), int(start)), images)
+        yield data.Batch(images, labels)
+
+
+def grow(network: Network, seed: int, record: tinyjax.Record | None = None, **growth: Any) -> Iterator[tinyjax.Record]:
+    """Algorithm 1 with a method (`growth` holds options of `make_grow_step`), from the beginning or from a record."""
+    protocol, names = network.protocol, network.sites.names
+    final, neurons = dict(zip(names, protocol.final)), dict(zip(names, protocol.neurons))
+    key = jax.random.key(seed)
+    if record is None:
+        start = dict(zip(names, protocol.start))
+        # The first rung holds the start and its first growth.
+        rung = network.policy({name: min(start[name] + neurons[name], final[name]) for name in names}, final)
+        params, sites = tinyjax.resize(network.init(key, start), resized(network.sites, start), rung)
+        state: dict[str, Any] = {}
+    else:
+        params, sites = record.params, record.sites
+        state = dict(opt_state=record.opt_state, step=record.step, history=record.history)
+    due = network.calendar.due
+    return tinyjax.fit(
+        network.make_loss({site.name: site.capacity for site in sites}),
+        params,
+        stream(network, seed, state.get("step", 0)),
+        tinyjax.with_birth(protocol.optimizer()),
+        paper.algorithm_1(neurons, final, lambda step: int(due[step])),
+        key,
+        num_neurons=neurons,
+        sites=sites,
+        growth_samples=network.samples,
+        micro_batch=protocol.micro_batch,
+        make_loss=network.make_loss,
+        policy=network.policy,
+        final=final,
+        trainable=trained,
+        has_aux=True,
+        with_aux=with_running_statistics,
+        **state,
+        **growth,
+    )
+
+
+def full_from_start(
+    network: Network, seed: int, record: tinyjax.Record | None = None, widths: tuple[int, ...] | None = None
+) -> Iterator[tinyjax.Record]:
+    """The same batches for a network that does not grow: of the final widths, or of those given."""
+    names = network.sites.names
+    at = dict(zip(names, network.protocol.final if widths is None else widths))
+    sites, key = resized(network.sites, at), jax.random.key(seed)
+    state: dict[str, Any] = {}
+    if record is not None:
+        state = dict(opt_state=record.opt_state, step=record.step, history=record.history)
+    return tinyjax.fit(
+        network.make_loss(at),
+        network.init(key, at) if record is None else record.params,
+        stream(network, seed, state.get("step", 0)),
+        tinyjax.with_birth(network.protocol.optimizer()),
+        never,
+        key,
+        num_neurons=1,
+        sites=sites,
+        micro_batch=network.protocol.micro_batch,
+        trainable=trained,
+        has_aux=True,
+        with_aux=with_running_statistics,
+        **state,
+    )
+
+
+def prepare(config: argparse.Namespace) -> Task:
+    """The task of a command line."""
+    dataset, splits = load(config.dataset)
+    network = build(PRESETS[config.preset], dataset, splits)
+    measured = {**splits, "train": data.Batch(*(x[:EVALUATED] for x in splits["train"]))}
+    steps = len(network.calendar.sizes)
+    return Task(
+        sites=network.sites,
+        runs={
+            "grown": partial(grow, network, method=METHODS[config.method], **own_update(config.method)),
+            "random0 + dW*": partial(grow, network, method=methods.random0),
+            "fixed": partial(full_from_start, network),
+        },
+        accuracy=network.correct,
+        splits=measured,
+        steps=steps,
+        evaluate_every=max(1, round(len(splits["train"].label) / network.calendar.sizes[-1])),
+        num_train=len(splits["train"].label),
+    )

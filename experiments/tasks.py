@@ -1,0 +1,109 @@
+"""What the runs of `experiments.grow` have in common: a task, its runs, and what is written down of each."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import tinyjax
+from tinyjax import data, methods
+
+Start = Callable[[int, Any], Iterator[tinyjax.Record]]
+Row = dict[str, Any]
+
+METHODS = {name: getattr(methods, name) for name in ("tiny0", "random0", "tiny", "tiny_unprojected", "tiny_joint")}
+
+
+class Task(NamedTuple):
+    """A data set, a network, and the runs that are compared on it.
+
+    Attributes:
+        sites: what grows, at the capacity of the end.
+        runs: by name, `start(seed, record)`: the records of `fit` from the beginning, or from after `record`.
+        accuracy: `(params, sites, batch) -> accuracy`.
+        splits: what accuracy is measured on, by name.
+        steps: gradient steps of a run.
+        evaluate_every: steps between measurements; growths are measured too.
+        num_train: training samples.
+    """
+
+    sites: tinyjax.Sites
+    runs: Mapping[str, Start]
+    accuracy: Callable[[Any, tinyjax.Sites, data.Batch], float]
+    splits: Mapping[str, data.Batch]
+    steps: int
+    evaluate_every: int
+    num_train: int
+
+
+class Run(NamedTuple):
+    """The outcome of one run: what was written down of it, its parameters and their sites."""
+
+    rows: list[Row]
+    params: Any
+    sites: tinyjax.Sites
+
+
+class Compilations:
+    """Counts what XLA compiles in this process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+def own_update(method: str) -> dict[str, Any]:
+    """Options of `make_grow_step` for a method that brings its own update of the consumer."""
+    return {"update": None} if method == "tiny_joint" else {}
+
+
+def load(name: str) -> tuple[data.Dataset, dict[str, data.Batch]]:
+    """A data set and its splits, standardised by the training split, on the device."""
+    dataset = data.load(name)
+    mean, std = data.channel_moments(dataset.train)
+    splits = {
+        split: jax.tree.map(jnp.asarray, data.as_batch(getattr(dataset, split), mean=mean, std=std))
+        for split in ("train", "validation", "test")
+    }
+    return dataset, splits
+
+
+def follow(
+    task: Task, name: str, seed: int, *, compilations: Compilations, tick: Callable[[tinyjax.Record], None]
+) -> Run:
+    """Runs to the end and writes down what the growths did and how well the network does; `tick` sees every record."""
+    began, before = time.perf_counter(), compilations.count
+    rows: list[Row] = []
+    record = None
+    for record in task.runs[name](seed, None):
+        if record.growth is not None or record.step % task.evaluate_every == 0 or record.step == task.steps:
+            row: Row = {"run": name, "seed": seed, "step": record.step, "loss": float(record.loss)}
+            row |= _accuracies(task, record) | {"width": dict(record.width)}
+            if record.growth is not None:
+                row |= _growth(record.growth)
+            rows.append(row | {"seconds": time.perf_counter() - began, "compiles": compilations.count - before})
+        tick(record)
+    assert record is not None, "a run has at least one step"
+    return Run(rows, record.params, record.sites)
+
+
+def _accuracies(task: Task, record: tinyjax.Record) -> Row:
+    return {
+        f"{split}_accuracy": float(task.accuracy(record.params, record.sites, batch))
+        for split, batch in task.splits.items()
+    }
+
+
+def _growth(info: tinyjax.GrowthInfo) -> Row:
+    """What a growth did, by field and site; sites that were skipped are left out."""
+    values = jax.device_get(info)._asdict()
+    values["psi"] = values.pop("psi_before")
+    grown = [name for name, status in values.pop("status").items() if status != tinyjax.Status.SKIPPED]
+    del values["born"], values["width"]
+    return {field: {site: float(np.sum(by_site[site])) for site in grown} for field, by_site in values.items()}
