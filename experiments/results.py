@@ -5,10 +5,12 @@ The first line of a file says what was run (config, versions, device, seconds), 
 """
 
 import argparse
+import fnmatch
 import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -62,6 +64,8 @@ class Experiment(NamedTuple):
         measure: from a config to rows; each row has a `part`, and a `seed` where there are several.
         draw: from rows to a figure.
         findings: from rows to lines of the report.
+        parts: from a config to what can be measured on its own, by name; `measure` then is all of them in order. Parts
+            have files of their own, so that a command that was stopped goes on with those that are missing.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Experiment(NamedTuple):
     measure: Callable[[Any], Iterator[Row]]
     draw: Callable[[list[Row]], "Figure"]
     findings: Callable[[list[Row]], list[Finding]]
+    parts: Callable[[Any], Mapping[str, Callable[[], list[Row]]]] | None = None
 
 
 def run(experiment: Experiment, doc: str | None, arguments: Sequence[str] | None = None) -> Results:
@@ -79,22 +84,36 @@ def run(experiment: Experiment, doc: str | None, arguments: Sequence[str] | None
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(experiment.presets), default="cpu")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of `results` and `figures`")
+    if experiment.parts is not None:
+        parser.add_argument(
+            "--only", metavar="PATTERN", help="measure only the parts that match, such as 'TINY 1/64 *'"
+        )
     options = parser.parse_args(arguments)
     config = experiment.presets[options.preset]
+    path = options.out / "results" / f"{experiment.name}-{options.preset}.jsonl"
     began = time.perf_counter()
-    rows = []
-    for row in experiment.measure(config):
-        rows.append(row)
-        print(brief(row), flush=True)
     header = {
         "experiment": experiment.name,
         "preset": options.preset,
         "config": config._asdict(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "device": f"{jax.devices()[0].platform}, {os.cpu_count()} cores",
-        "seconds": time.perf_counter() - began,
+        "device": device(),
     }
-    path = options.out / "results" / f"{experiment.name}-{options.preset}.jsonl"
+    rows: list[Row] = []
+    if experiment.parts is None:
+        for row in experiment.measure(config):
+            rows.append(row)
+            print(brief(row), flush=True)
+        header["seconds"] = time.perf_counter() - began
+    else:
+        folder = path.with_suffix(".parts")
+        found = measure_parts(experiment.parts(config), folder, header, options.only)
+        if found is None:
+            print(f"Some parts are still missing in {folder}; run again without --only, or with another one")
+            return Results(header, [])
+        rows = [row for part in found for row in part.rows]
+        header["seconds"] = sum(part.header["seconds"] for part in found)
+        header["device"] = found[0].header["device"]
     write(path, Results(header, rows))
     results = read(path)  # the figure shows what the file holds
     figure = options.out / "figures" / f"{path.stem}.png"
@@ -103,6 +122,33 @@ def run(experiment: Experiment, doc: str | None, arguments: Sequence[str] | None
         print(f"{finding.item}: {finding.ours} -> {finding.verdict}")
     print(f"Wrote {path} and {figure} in {header['seconds']:.0f} s")
     return results
+
+
+def device() -> str:
+    """What this process computes on."""
+    first = jax.devices()[0]
+    return f"{os.cpu_count()} cores, " + (first.platform if first.platform == "cpu" else first.device_kind)
+
+
+def measure_parts(
+    parts: Mapping[str, Callable[[], list[Row]]], folder: Path, header: Row, only: str | None
+) -> list[Results] | None:
+    """The results of all parts, in order: read back where they are there, else measured; None if some are left out."""
+    known: list[Results] = []
+    for name, part in parts.items():
+        path = folder / (re.sub(r"[^\w.]+", "-", name) + ".jsonl")
+        if not path.is_file():
+            if only is not None and not fnmatch.fnmatchcase(name, only):
+                continue
+            began = time.perf_counter()
+            rows = part()
+            write(path, Results(header | {"seconds": time.perf_counter() - began}, rows))
+            print(f"{name}: {brief(rows[-1])}", flush=True)
+        results = read(path)
+        if results.header["config"] != plain(header["config"]):
+            raise SystemExit(f"{path} was measured with another config: move it away")
+        known.append(results)
+    return known if len(known) == len(parts) else None
 
 
 def write(path: Path, results: Results) -> None:

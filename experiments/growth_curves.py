@@ -1,0 +1,382 @@
+"""Figures 5 to 7 and 13 to 16, tables 1, 4 and 5: a ResNet-18 grown from a sliver by algorithm 1.
+
+    python -m experiments.growth_curves --preset cpu      # MNIST-5k, a quarter of the channels: half an hour on 2 cores
+    python -m experiments.growth_curves --preset gpu      # MNIST-5k, the paper's channels: minutes on a GPU
+    python -m experiments.growth_curves --preset paper    # CIFAR-100, 4 runs of 12 settings: GPU days
+
+The network of table 3 starts at s = 1/64 or 1/4 of its widths; one block after the other gets the neurons of table 2
+until all have their final width, with Delta t epochs of training (SGD 1e-2, batches by E.2) after each growth, then
+extra epochs. Methods: TINY's neurons as in E.3.1, GradMax with eq. 195's and figure 16's norm, and this library's
+default (`tiny0` after a line-searched best update). References: the starting and the final network, trained as long.
+
+The paper (CIFAR-100, test accuracy, after growth / converged; Delta t = 0.25 and 1): from 1/4 TINY 67.2 / 70.3 and
+70.4 / 70.9, GradMax 65.1 / 67.0 and 68.6 / 69.0; from 1/64 TINY 65.8 / 69.5 and 68.1 / 68.7, GradMax 45.0 / 57.0 and
+56.8 / 58.4; reference 72.8. Measured: see RESULTS.md. Every run has a file of its own under `results/`; a command that
+was stopped goes on with the runs that are missing, and `--only` picks some (for several processes).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+import tinyjax
+from experiments import paper, resnet
+from experiments.results import Experiment, Finding, Row, column, distinct, run, select, spread
+from experiments.tasks import load
+from tinyjax import data, methods
+from tinyjax.plot.style import styled
+
+EVALUATED = 1024
+REFERENCES = ("small reference", "reference")
+
+
+class Config(NamedTuple):
+    """What is run.
+
+    Attributes:
+        dataset: its name.
+        stream: channels of the residual stream, by stage.
+        starts: widths inside the blocks at the start, by the name of the fraction.
+        between: epochs between growths.
+        extra: epochs after the last growth.
+        methods: names of `METHODS`.
+        references: whether the starting and the final network are trained too.
+        seeds: of initialisation, order and growth.
+        augment: whether training images are cropped and mirrored.
+        full: whether all slots are allocated from the start; else in multiples of 8.
+    """
+
+    dataset: str
+    stream: tuple[int, ...]
+    starts: dict[str, tuple[int, ...]]
+    between: tuple[float, ...]
+    extra: float
+    methods: tuple[str, ...]
+    references: bool
+    seeds: tuple[int, ...]
+    augment: bool = False
+    full: bool = True
+
+
+TINY = methods.tiny
+METHODS: dict[str, dict[str, Any]] = {
+    "TINY": dict(
+        method=tinyjax.normalized(TINY, alpha=paper.NEURON_NORM, omega=paper.NEURON_NORM),
+        amplitude=tinyjax.fixed(1.0),
+        update=None,
+    ),
+    "GradMax": dict(method=partial(methods.gradmax, scale=paper.GRADMAX_NORM), update=None),
+    "GradMax, figure 16": dict(method=partial(methods.gradmax, scale=paper.NEURON_NORM), update=None),
+    "tiny0 + dW*": dict(method=methods.tiny0),
+    "random0": dict(method=methods.random0, update=None),
+}
+PAPER_STARTS = {"1/4": paper.inner_widths(1 / 4), "1/64": paper.inner_widths(1 / 64)}
+QUARTER = (16, 32, 64, 128)
+PRESETS = {
+    "smoke": Config("mnist5k", (4, 8), {"1/2": (2, 4, 8, 8)}, (0.05,), 0.05, ("TINY", "GradMax"), True, (0,)),
+    "cpu": Config(
+        "mnist5k",
+        QUARTER,
+        {"1/4": (4, 4, 8, 8, 16, 16, 32, 32), "1/64": PAPER_STARTS["1/64"]},
+        (0.25,),
+        2,
+        ("TINY", "GradMax"),
+        True,
+        (0,),
+    ),
+    "gpu": Config("mnist5k", paper.STREAM, PAPER_STARTS, (0.25,), 10, tuple(METHODS), True, (0, 1, 2, 3)),
+    "paper": Config(
+        "cifar100",
+        paper.STREAM,
+        PAPER_STARTS,
+        paper.BETWEEN,
+        250,
+        ("TINY", "GradMax", "GradMax, figure 16"),
+        True,
+        (0, 1, 2, 3),
+        augment=True,
+        full=False,
+    ),
+}
+
+
+def protocol(config: Config, start: str, between: float) -> paper.Protocol:
+    """Algorithm 1 at one setting of a config."""
+    return paper.Protocol(
+        stream=config.stream,
+        start=config.starts[start],
+        neurons=paper.NEURONS[: 2 * len(config.stream)],
+        between=between,
+        extra=config.extra,
+        optimizer=partial(optax.sgd, 1e-2),
+        augment=config.augment,
+    )
+
+
+def parts(config: Config) -> Mapping[str, Callable[[], list[Row]]]:
+    """Every run by its name."""
+    loaded = cache(partial(load, config.dataset))
+
+    @cache
+    def network(start: str, between: float) -> resnet.Network:
+        policy = tinyjax.full if config.full else tinyjax.multiple_of(8)
+        return resnet.build(resnet.Preset(protocol(config, start, between), policy), *loaded())
+
+    runs: dict[str, Callable[[], list[Row]]] = {}
+    for start in config.starts:
+        for between in config.between:
+            for method in config.methods:
+                for seed in config.seeds:
+                    name = f"{method} {start} {between} {seed}"
+                    runs[name] = partial(_grown, network, config.dataset, method, start, between, seed)
+            for reference in REFERENCES if config.references else ():
+                for seed in config.seeds:
+                    name = f"{reference} {start} {between} {seed}"
+                    runs[name] = partial(_reference, network, config.dataset, reference, start, between, seed)
+    return runs
+
+
+def _grown(
+    network: Callable[[str, float], resnet.Network], dataset: str, method: str, start: str, between: float, seed: int
+) -> list[Row]:
+    of_run = dict(dataset=dataset, method=method, start=start, between=between, seed=seed)
+    return list(_follow(network(start, between), of_run, partial(resnet.grow, **METHODS[method])))
+
+
+def _reference(
+    network: Callable[[str, float], resnet.Network], dataset: str, reference: str, start: str, between: float, seed: int
+) -> list[Row]:
+    net = network(start, between)
+    widths = net.protocol.start if reference == "small reference" else net.protocol.final
+    of_run = dict(dataset=dataset, method=reference, start=start, between=between, seed=seed)
+    return list(_follow(net, of_run, partial(resnet.full_from_start, widths=widths)))
+
+
+def _follow(network: resnet.Network, of_run: Row, start: Callable[..., Any]) -> Iterator[Row]:
+    """The curve of a run, a row before every growth, then one an epoch; its accuracies after growth and at the end."""
+    calendar, protocol = network.calendar, network.protocol
+    num_train = len(network.splits["train"].label)
+    measured = {"test": network.splits["test"], "train": data.Batch(*(x[:EVALUATED] for x in network.splits["train"]))}
+    steps = len(calendar.sizes)
+    grown_at = int(np.searchsorted(calendar.starts, (protocol.growths * protocol.between) * num_train))
+    epoch_ends = np.searchsorted(calendar.starts, np.arange(1, 1 + int(protocol.epochs)) * num_train)
+    growths_end = np.flatnonzero(np.diff(calendar.due[:grown_at])) + 1
+    due = {steps, grown_at, *map(int, growths_end), *(int(e) for e in epoch_ends if e >= grown_at)}
+    rejected, seen = 0, 0
+    row: Row = {}
+    after_growth: Row = {}
+    for record in start(network, of_run["seed"]):
+        if record.growth is not None:
+            (written,) = (int(record.growth.written[name]) for name in record.growth.written)
+            rejected += written == 0
+        seen += int(calendar.sizes[record.step - 1])
+        if record.step in due:
+            accuracy = {name: network.correct(record.params, record.sites, batch) for name, batch in measured.items()}
+            widths = tuple(record.width.values())
+            row = dict(
+                **of_run,
+                part="curve",
+                step=record.step,
+                epoch=seen / num_train,
+                parameters=network.parameters(widths),
+                growing=record.step <= grown_at,
+                loss=float(record.loss),
+                **accuracy,
+            )
+            yield row
+        if record.step == grown_at:
+            after_growth = row
+    yield dict(
+        **of_run,
+        part="end",
+        after_growth=after_growth["test"],
+        after_growth_train=after_growth["train"],
+        converged=row["test"],
+        converged_train=row["train"],
+        growths=protocol.growths,
+        rejected=rejected,
+        parameters=row["parameters"],
+        steps=steps,
+    )
+
+
+def measure(config: Config) -> Iterator[Row]:
+    for rows in parts(config).values():
+        yield from rows()
+
+
+COLOURS = {
+    "TINY": "#c8553d",
+    "GradMax": "#3d6c8f",
+    "GradMax, figure 16": "#8fb3cc",
+    "tiny0 + dW*": "#7a9e7e",
+    "random0": "#d8a048",
+    "small reference": "#c9cad6",
+    "reference": "#22223b",
+}
+
+
+@styled
+def draw(rows: list[Row]) -> Any:
+    """For every start and Delta t: test accuracy against parameters while growing, and against epochs."""
+    from matplotlib.figure import Figure
+
+    curves = select(rows, part="curve")
+    settings = [(start, between) for start in distinct(curves, "start") for between in distinct(curves, "between")]
+    figure = Figure(figsize=(10, 0.4 + 3.2 * len(settings)), layout="constrained")
+    for (start, between), panels in zip(settings, figure.subplots(len(settings), 2, sharey="row", squeeze=False)):
+        of_setting = select(curves, start=start, between=between)
+        growing = max(row["epoch"] for row in select(of_setting, growing=True))
+        for method in distinct(of_setting, "method"):
+            parameters, epochs, mean, deviation = _mean_curve(select(of_setting, method=method))
+            colour = COLOURS[method]
+            for axes, x in zip(panels, (parameters / 1e6, epochs)):
+                if axes is panels[0] and method in REFERENCES:
+                    axes.plot(x[-1:], mean[-1:], "o", color=colour)
+                    continue
+                axes.plot(x, mean, color=colour, label=method)
+                axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+        panels[0].set_title(f"start {start}, $\\Delta t$ = {between}")
+        panels[0].set_ylabel("test accuracy (%)")
+        panels[0].set_xlabel("parameters (millions)")
+        panels[1].set_xlabel("epochs (dotted: the last growth)")
+        panels[1].axvline(growing, color="#9a9ab0", linestyle=":", linewidth=1)
+        highest = max(100 * row["test"] for row in of_setting)
+        panels[0].set_ylim(min(highest - 10, 100 * float(np.percentile(column(of_setting, "test"), 15))), highest + 0.5)
+        panels[1].legend(fontsize=7, frameon=False, loc="lower right")
+    return figure
+
+
+def _mean_curve(rows: list[Row]) -> tuple[np.ndarray, ...]:
+    """Parameters, epochs, mean and standard deviation of the test accuracy in % over seeds, by step."""
+    by_step = [select(rows, step=step) for step in sorted(distinct(rows, "step"))]
+    values = [100 * column(of_step, "test") for of_step in by_step]
+    return (
+        np.array([column(of_step, "parameters").mean() for of_step in by_step]),
+        np.array([of_step[0]["epoch"] for of_step in by_step]),
+        np.array([value.mean() for value in values]),
+        np.array([value.std() for value in values]),
+    )
+
+
+def findings(rows: list[Row]) -> list[Finding]:
+    """What figures and tables of the paper say, on this data set; nothing is claimed beyond it."""
+    ends, curves = select(rows, part="end"), select(rows, part="curve")
+    data_set = ends[0]["dataset"]
+    settings = [(start, between) for start in distinct(ends, "start") for between in distinct(ends, "between")]
+
+    def by_setting(cell: Callable[[str, float], str], only: Any = None) -> str:
+        chosen = [setting for setting in settings if only in (None, setting[0])]
+        return f"{data_set}: " + "; ".join(
+            f"{start}, Delta t {between}: {cell(start, between)}" for start, between in chosen
+        )
+
+    def table(start: str, between: float) -> str:
+        some = select(ends, start=start, between=between)
+        cells = []
+        for method in distinct(some, "method"):
+            of_method = select(some, method=method)
+            after, last = (spread(column(of_method, field), 1, 100) for field in ("after_growth", "converged"))
+            cells.append(f"{method} {last}" if method in REFERENCES else f"{method} {after} / {last}")
+        return ", ".join(cells)
+
+    def ahead(field: str, other: str = "GradMax") -> Callable[[str, float], str]:
+        def cell(start: str, between: float) -> str:
+            return f"TINY - {other} {_difference(ends, start, between, field, other)}"
+
+        return cell
+
+    def lead(start: str, between: float) -> str:
+        values = []
+        for seed in distinct(ends, "seed"):
+            pair = [
+                select(curves, start=start, between=between, method=method, seed=seed) for method in ("TINY", "GradMax")
+            ]
+            tiny, gradmax = (column(select(one, growing=True), "test") for one in pair)
+            values.append(np.mean(tiny - gradmax))
+        return f"TINY - GradMax, mean over the growths {spread(values, 2, 100)} points"
+
+    def gained(start: str, between: float) -> str:
+        cells = []
+        for method in ("TINY", "GradMax"):
+            some = select(ends, start=start, between=between, method=method)
+            cells.append(f"{method} {spread(column(some, 'converged') - column(some, 'after_growth'), 2, 100)}")
+        return ", ".join(cells) + " points"
+
+    def patience(method: str) -> Callable[[str, float], str]:
+        def cell(start: str, between: float) -> str:
+            epochs = [
+                _epochs_to_converge(select(curves, start=start, between=between, method=method, seed=seed))
+                for seed in distinct(ends, "seed")
+            ]
+            return f"{method} {spread(epochs, 1)} epochs"
+
+        return cell
+
+    thinnest, longest = settings[-1]
+    verdict = _verdict(ends, settings)
+    return [
+        Finding("Table 1", "after growth / converged, in %. " + by_setting(table), verdict),
+        Finding("Figure 5", by_setting(lead), verdict),
+        Finding("Figure 6", "gained by the extra epochs, " + by_setting(gained, thinnest), verdict),
+        Finding("Figure 13", "gained by the extra epochs, " + by_setting(gained), verdict),
+        Finding(
+            "Figure 7",
+            "extra epochs until within half a point of the end, "
+            + by_setting(lambda s, b: patience("TINY")(s, b) + ", " + patience("GradMax")(s, b), thinnest),
+            verdict,
+        ),
+        Finding("Figure 14", "extra epochs until within half a point, " + by_setting(patience("TINY")), verdict),
+        Finding("Figure 15", "extra epochs until within half a point, " + by_setting(patience("GradMax")), verdict),
+        *(
+            [Finding("Figure 16", "converged, " + by_setting(ahead("converged", "GradMax, figure 16")), verdict)]
+            if select(ends, method="GradMax, figure 16")
+            else []
+        ),
+        Finding("Table 4", f"converged, {data_set}, {thinnest}: {ahead('converged')(thinnest, longest)}", verdict),
+        Finding("Table 5, accuracy", f"after growth, {data_set}, {thinnest}: {table(thinnest, longest)}", verdict),
+    ]
+
+
+def _paired(ends: list[Row], start: str, between: float, field: str, other: str) -> np.ndarray:
+    """TINY - other in points, by seed."""
+    first, second = (select(ends, start=start, between=between, method=method) for method in ("TINY", other))
+    return 100 * (column(first, field) - column(second, field))
+
+
+def _difference(ends: list[Row], start: str, between: float, field: str, other: str) -> str:
+    return f"{spread(_paired(ends, start, between, field, other), 2)} points"
+
+
+def _verdict(ends: list[Row], settings: list[tuple[str, float]]) -> str:
+    """Whether the gap that the paper sees from 1/64, and not from 1/4, is seen."""
+    parts = []
+    for start, between in settings:
+        gaps = _paired(ends, start, between, "after_growth", "GradMax")
+        error = float(np.std(gaps, ddof=1) / len(gaps) ** 0.5) if len(gaps) > 1 else float("nan")
+        seen = "TINY ahead" if gaps.mean() > 2 * error else "GradMax ahead" if gaps.mean() < -2 * error else "no gap"
+        parts.append(f"from {start} {seen} ({gaps.mean():+.2f} points, standard error {error:.2f})")
+    return "after growth " + ", ".join(parts) + "; not the paper's data set"
+
+
+def _epochs_to_converge(curve: list[Row]) -> float:
+    """Epochs after the last growth until the test accuracy stays within half a point of its last value."""
+    after = [*select(curve, growing=True)[-1:], *select(curve, growing=False)]
+    last = after[-1]["test"]
+    far = [index for index, row in enumerate(after) if abs(row["test"] - last) > 0.005]
+    first = min(far[-1] + 1 if far else 0, len(after) - 1)
+    return after[first]["epoch"] - after[0]["epoch"]
+
+
+EXPERIMENT = Experiment("growth_curves", PRESETS, measure, draw, findings, parts)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    return run(EXPERIMENT, __doc__, arguments)
+
+
+if __name__ == "__main__":
+    main()
