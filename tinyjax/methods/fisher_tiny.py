@@ -1,10 +1,10 @@
 """TINY in the metric of the outputs: the goal is whitened by its own second moment, as natural gradients do."""
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import factor, top_singular
-from tinyjax.methods.base import Neurons, only_live, require_count, traits
+from tinyjax.linalg import factor
+from tinyjax.methods.base import Neurons, only_live, traits
+from tinyjax.methods.best import best
 from tinyjax.methods.ridge import held_out
 from tinyjax.methods.tiny import ridge_of_update
 from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
@@ -52,8 +52,5 @@ def fisher_tiny(
     cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
     inputs = factor(mean.gram_prev, resolve(ridge, statistics))
     outputs = factor(mean.energy_matrix, output_ridge)
-    whitened = outputs.whiten(inputs.whiten(cross).T).T
     # lambda is a correlation here, at most 1
-    u, values, vt = top_singular(whitened, require_count(num_neurons), floor=1.0)
-    share = jnp.sqrt(values)
-    return only_live(mean, Neurons(inputs.unwhiten(u * share), outputs.unwhiten(vt.T * share).T, values))
+    return only_live(mean, best(inputs, cross, num_neurons=num_neurons, outputs=outputs, floor=1.0))

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import Factor, factor, top_singular
-from tinyjax.methods.base import Neurons, only_live, require_count, traits
+from tinyjax.linalg import factor
+from tinyjax.methods.base import Neurons, only_live, traits
+from tinyjax.methods.best import best
 from tinyjax.methods.ridge import held_out, held_out_update
 from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
 from tinyjax.statistics import Statistics, moments
@@ -51,21 +52,7 @@ def tiny(
     mean = moments(statistics)
     cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
     root = factor(mean.gram_prev, resolve(ridge, statistics))
-    return only_live(mean, low_rank(root, cross, num_neurons=num_neurons, energy=mean.energy))
-
-
-def low_rank(root: Factor, cross: Array, *, num_neurons: int, energy: Array) -> Neurons:
-    """Neurons whose product alpha omega maximises 2 <N, C> - <C, S C> over the matrices C of rank `num_neurons`.
-
-    Args:
-        root: a root of S.
-        cross: (D, Q) N.
-        num_neurons: k.
-        energy: () mean |v|^2: gains that are rounding errors of it count as zero.
-    """
-    u, values, vt = top_singular(root.whiten(cross), require_count(num_neurons), floor=jnp.sqrt(energy))
-    share = jnp.sqrt(values)
-    return Neurons(root.unwhiten(u * share), share[:, None] * vt, values)
+    return only_live(mean, best(root, cross, num_neurons=num_neurons, floor=jnp.sqrt(mean.energy)))
 
 
 def ridge_of_update(ridge: Ridge, update_ridge: Ridge | None) -> Ridge:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import factor, inner, matmul, solve
-from tinyjax.methods.base import Neurons, require_count, traits
-from tinyjax.methods.tiny import low_rank
+from tinyjax.methods.base import Neurons, traits
+from tinyjax.methods.best import best
 
 
 class ConvProblem(NamedTuple):
@@ -87,7 +87,7 @@ def approximation(problem: ConvProblem, num_neurons: int) -> Neurons:
     offsets, inputs = problem.gram.shape[:2]
     gram = min(offsets, inputs) * _diagonal(problem)
     cross = problem.cross.reshape(inputs, -1)
-    return low_rank(factor(gram), cross, num_neurons=require_count(num_neurons), energy=problem.energy)
+    return best(factor(gram), cross, num_neurons=num_neurons, floor=jnp.sqrt(problem.energy))
 
 
 def conv_gain(problem: ConvProblem, neurons: Neurons) -> Array:
@@ -155,7 +155,8 @@ def _balanced(problem: ConvProblem, alpha: Array, omega: Array) -> Neurons:
     """The same alpha omega, as orthogonal neurons with norms shared between both sides."""
     root = factor(_diagonal(problem))
     product = matmul(alpha, omega.reshape(alpha.shape[1], -1))
-    return low_rank(root, matmul(_diagonal(problem), product), num_neurons=alpha.shape[1], energy=problem.energy)
+    floor = jnp.sqrt(problem.energy)
+    return best(root, matmul(_diagonal(problem), product), num_neurons=alpha.shape[1], floor=floor)
 
 
 def _einsum(subscripts: str, *operands: Array) -> Array:

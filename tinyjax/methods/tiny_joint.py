@@ -10,8 +10,8 @@ from jaxtyping import Array
 
 from tinyjax.linalg import Factor, factor, matmul, relative_cutoff, solve
 from tinyjax.methods.base import Neurons, only_live, traits
+from tinyjax.methods.best import best
 from tinyjax.methods.ridge import Fold, choose, held_out_update
-from tinyjax.methods.tiny import low_rank
 from tinyjax.methods.update import Ridge, residual_cross, resolve
 from tinyjax.statistics import Moments, Statistics, moments
 
@@ -54,7 +54,7 @@ def tiny_joint(
     ridge = held_out_joint(statistics, update_ridge=update_ridge) if ridge is None else resolve(ridge, statistics)
     cross = residual_cross(mean, solve(mean.gram, mean.cross, update_ridge))
     root = _unexplained(factor(mean.gram_prev, ridge), factor(mean.gram, update_ridge), link)
-    neurons = only_live(mean, low_rank(root, cross, num_neurons=num_neurons, energy=mean.energy))
+    neurons = only_live(mean, best(root, cross, num_neurons=num_neurons, floor=jnp.sqrt(mean.energy)))
     move = matmul(neurons.alpha, neurons.omega)
     return neurons._replace(delta=solve(mean.gram, mean.cross - matmul(link.T, move), update_ridge))
 

@@ -5,8 +5,8 @@ from jaxtyping import Array
 
 from tinyjax.linalg import factor
 from tinyjax.methods.base import Neurons, only_live, traits
+from tinyjax.methods.best import best
 from tinyjax.methods.ridge import Fold, choose
-from tinyjax.methods.tiny import low_rank
 from tinyjax.methods.update import Ridge, resolve, unprojected_cross
 from tinyjax.statistics import Moments, Statistics, moments
 
@@ -43,4 +43,5 @@ def tiny_unprojected(
     """
     mean = moments(statistics)
     root = factor(mean.gram_prev, resolve(ridge, statistics))
-    return only_live(mean, low_rank(root, unprojected_cross(mean), num_neurons=num_neurons, energy=mean.energy))
+    cross = unprojected_cross(mean)
+    return only_live(mean, best(root, cross, num_neurons=num_neurons, floor=jnp.sqrt(mean.energy)))
