@@ -86,9 +86,7 @@ def test_two_sided_projection_is_the_optimum_over_old_and_new_together(rank):
     gram, right, cross = problem(11)
     weight, out = rng.normal(size=(6, 2)), rng.normal(size=(2, 4))
     root_s, root_r = (np.linalg.cholesky(m) for m in (gram, right))
-    goal = (
-        np.linalg.solve(root_s, cross) @ np.linalg.inv(root_r).T
-    )  # then J(X) = |goal|^2 - |goal - root_s' X root_r|^2
+    goal = np.linalg.solve(root_s, cross) @ np.linalg.inv(root_r).T  # J = |goal|^2 - |goal - root_s' X root_r|^2
     inside, outside = root_s.T @ weight, out @ root_r
     design = np.concatenate([np.kron(inside, np.eye(4)), np.kron(np.eye(6), outside.T)], axis=1)
     onto = design @ np.linalg.pinv(design, rcond=1e-12)

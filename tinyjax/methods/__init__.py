@@ -20,6 +20,11 @@ from tinyjax.methods.gradmax_dual import gradmax_dual as gradmax_dual
 from tinyjax.methods.net2net import net2net as net2net
 from tinyjax.methods.north import north as north
 from tinyjax.methods.north_weight import north_weight as north_weight
+from tinyjax.methods.query_key import QueryKeyMoments as QueryKeyMoments
+from tinyjax.methods.query_key import query_key as query_key
+from tinyjax.methods.query_key import query_key_gain as query_key_gain
+from tinyjax.methods.query_key import query_key_moments as query_key_moments
+from tinyjax.methods.query_key import query_key_scales as query_key_scales
 from tinyjax.methods.random import random as random
 from tinyjax.methods.random import symmetric_uniform as symmetric_uniform
 from tinyjax.methods.random0 import random0 as random0

@@ -53,7 +53,7 @@ def beyond(cross: Array, gram: Array, weights: Array) -> Array:
     """What is left of N when existing fan-ins may move: N - S W (W' S W)^+ W' N.
 
     S^(-1/2) N loses its projection on the span of S^(1/2) W. Where nothing but a matrix product lies behind W this is
-    N~ - P dW*, with G = W' S W, M = W' N~ and P = S W at no cost. The same on the fan-out side: `beyond(N.T, R, O.T).T`.
+    N~ - P dW*, with G = W' S W, M = W' N~ and P = S W at no cost. On the fan-out side it is `beyond(N.T, R, O.T).T`.
 
     Args:
         cross: (D, Q) N.
