@@ -241,7 +241,7 @@ def fit(
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"`micro_batch` must be at least 1 sample, got {micro_batch}")
     options = dict(optimizer=optimizer, trainable=trainable, has_aux=has_aux) | growth
-    compiled = _Compiled(loss_fn, found, most, options, with_aux)
+    compiled = _Compiled(loss_fn, found, most, options, with_aux, history)
     opt_state = optimizer.init(trainable(params)) if opt_state is None else opt_state
     widths = _widths(params, found)
     history = tuple(history)
@@ -291,11 +291,16 @@ class _Compiled:
         most: Mapping[str, int],
         options: dict[str, Any],
         with_aux: WithAux | None,
+        history: Sequence[GrowthInfo] = (),
     ):
         self._loss_fn, self._sites, self._options, self._with_aux = loss_fn, sites, options, with_aux
         # A growth never adds more than a site has slots; a network that starts without room is resized first.
         self._counts = {name: min(k, sites[name].capacity) for name, k in most.items()}
         self._growths: dict[frozenset[str], Callable[..., Any]] = {}
+        # The sets of sites with a program, oldest first: those of the run that this one goes on with are known from
+        # what its growths report, so that it chooses as that run would have, and its draws are the same.
+        present = (frozenset(info.width) for info in history if _at_capacities(info, sites))
+        self._known: list[frozenset[str]] = list(dict.fromkeys(present))
         optimizer, trainable, has_aux = (options[name] for name in ("optimizer", "trainable", "has_aux"))
         self._step = jax.jit(train_step(loss_fn, optimizer, trainable=trainable, has_aux=has_aux))
         self._gradient = jax.jit(_gradient_step(loss_fn, trainable, has_aux))
@@ -304,10 +309,12 @@ class _Compiled:
 
     def grow(self, params: Params, opt_state: Any, batch: Any, key: Array, neurons: Mapping[str, int]) -> Any:
         names = frozenset(neurons)
-        if names not in self._growths:
+        if names not in self._known:
             # A schedule whose sites fill up one by one asks for fewer and fewer of them: no new program for that.
-            larger = next((known for known in self._growths if names < known), None)
-            self._growths[names] = self._compile(names) if larger is None else self._growths[larger]
+            names = next((known for known in self._known if names < known), names)
+        if names not in self._growths:
+            self._known += [] if names in self._known else [names]
+            self._growths[names] = self._compile(names)
         return self._growths[names](params, batch, opt_state, key, dict(neurons))
 
     def _compile(self, names: frozenset[str]) -> Callable[..., Any]:
@@ -331,6 +338,12 @@ class _Compiled:
 
     def _after(self, params: Params, aux: Any) -> Params:
         return params if self._with_aux is None else self._with_aux(params, aux)
+
+
+def _at_capacities(info: GrowthInfo, sites: Sites) -> bool:
+    """Whether a growth happened at the present capacities."""
+    here = {site.name: site.capacity for site in sites}
+    return all(born.shape[-1] == here.get(name) for name, born in info.born.items())
 
 
 def _mean_update(
