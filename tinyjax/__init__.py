@@ -6,6 +6,11 @@ the method of Verbockhaven et al., *Growing Tiny Networks: Spotting Expressivity
 (TMLR 2024), for unmodified models in Flax, Equinox, Haiku or plain JAX.
 """
 
+from tinyjax.checkpoint import Checkpoint as Checkpoint
+from tinyjax.checkpoint import export as export
+from tinyjax.checkpoint import restore as restore
+from tinyjax.checkpoint import save as save
+from tinyjax.checkpoint import stop_on_interrupt as stop_on_interrupt
 from tinyjax.diagnosis import Diagnosis as Diagnosis
 from tinyjax.diagnosis import Finding as Finding
 from tinyjax.diagnosis import diagnose as diagnose

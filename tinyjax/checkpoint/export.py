@@ -1,0 +1,71 @@
+"""A grown network in one file that NumPy reads."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinyjax.checkpoint.packing import on_host
+from tinyjax.layout import Params, named_leaves
+from tinyjax.site import Site, Sites
+from tinyjax.surgery import compact
+
+HEADER = "__tinyjax__"
+
+
+def export(path: str | os.PathLike, params: Params, sites: Sites | Sequence[Site] | Site) -> dict[str, int]:
+    """Writes the network at its exact widths as one `.npz`, which needs no tinyjax and no pickle to be read.
+
+    The file holds every leaf under its path, and under `__tinyjax__` a JSON text: `format`, `widths` by site name, from
+    which a model that checks shapes is rebuilt, and `dtypes` of the leaves. What NumPy has no type for is stored in one
+    that holds it exactly: bfloat16 and 8-bit floats as float32, 4-bit integers as int8, typed PRNG keys as their data.
+
+    Args:
+        path: the file, ending in `.npz`; replaced in one go if it exists.
+        params: the parameters the sites were found in, concrete.
+        sites: the sites of the network.
+
+    Returns:
+        The widths.
+
+    Raises:
+        ValueError: another ending; and as `compact`.
+
+    Example:
+        >>> tinyjax.export("net.npz", record.params, record.sites)
+        >>> file = np.load("net.npz", allow_pickle=False)
+        >>> widths = json.loads(str(file["__tinyjax__"]))["widths"]
+        >>> kernel = file["params/Dense_0/kernel"]
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"`path` must end in .npz, got {path.name}")
+    small, widths = compact(params, sites)
+    leaves = named_leaves(small)
+    dtypes = {name: str(leaf.dtype) for name, leaf in leaves.items()}
+    header = json.dumps({"format": 1, "widths": widths, "dtypes": dtypes})
+    arrays = {HEADER: np.array(header)} | {name: _plain(leaf) for name, leaf in leaves.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return widths
+
+
+def _plain(leaf: jax.Array) -> np.ndarray:
+    """The leaf in a dtype of NumPy's own."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    array = on_host(leaf)
+    if array.dtype.isbuiltin == 1:
+        return array
+    return array.astype(np.float32 if jnp.issubdtype(array.dtype, jnp.floating) else np.int8)
