@@ -28,6 +28,7 @@ WINDOW_MEAN = "reduce_window_mean"
 """What a sum over windows becomes that is divided by the number of pixels in each."""
 
 _SUMS = ("add", "add_any", "sub")
+_STEEP = frozenset("acos acosh asin atanh cbrt div integer_pow log log1p pow rsqrt sqrt".split())
 _NORMS = ("tinyjax_centred", "tinyjax_inverse_rms")
 
 
@@ -108,6 +109,8 @@ class Flow:
         why, own = self._mixed_by(op)
         if len(weights) > 1:
             why = why or f"its rows are weighted in two ways before `{op.name}`"
+        if self._is_steep(op):
+            why = why or f"the gradient of `{op.name}` is not finite where a neuron is empty"
         value = self._empty_value(op)
         pools = min((self.pools[v] for v in op.ins if v in self.pools), key=len)
         if self._divides_by_count(op):
@@ -280,9 +283,9 @@ class Flow:
         if op.name in OWN:  # zero gives zero; what they give elsewhere depends on other slots or on a draw
             return 0 if any(k is not None and k == 0 for v, k in zip(op.ins, known) if v in self.mixing) else None
         if op.name in ("mul", "and") and any(k is not None and k == 0 for k in known):
-            return 0
+            return 0 if all(k is None or np.isfinite(k) for k in known) else np.nan
         if op.name == "div" and known[0] is not None and known[0] == 0:
-            return 0
+            return np.nan if known[1] is not None and known[1] == 0 else 0
         if op.name == "select_n" and all(k is not None for k in known[1:]) and len({float(k) for k in known[1:]}) == 1:
             return known[1]
         if (
@@ -307,6 +310,19 @@ class Flow:
             with jax.ensure_compile_time_eval():
                 return op.eqn.primitive.bind(*[np.asarray(k, v.dtype) for k, v in zip(known, op.ins)], **op.params)
         return None
+
+    def _is_steep(self, op: Op) -> bool:
+        """Whether an operation has an infinite slope at an empty slot: times a gradient of zero that would be NaN."""
+        if op.name not in _STEEP or op.eqn is None or "custom_jvp_call" in op.inside:
+            return False
+        known, eqn = [self._known(v, False) for v in op.ins], op.eqn
+        if any(k is None for k in known):
+            return False
+        points = [np.asarray(k, v.dtype) for k, v in zip(known, op.ins)]
+        tangents = [np.asarray(v in self.mixing, v.dtype) for v in op.ins]
+        with jax.ensure_compile_time_eval():
+            _, slope = jax.jvp(lambda *ins: eqn.primitive.bind(*ins, **op.params), points, tangents)
+        return not np.isfinite(slope)
 
     def _known(self, value: Value, shifts: bool) -> Any:
         """What an empty slot holds in an operand; a parameter vector that is *added* (`shifts`) is zero there."""

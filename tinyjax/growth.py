@@ -208,6 +208,9 @@ def _check_static(
             f"`{name}` keeps the function, so the loss is the same at every amplitude and a line search would find "
             "nothing; leave `amplitude` out, or scale the neurons with `normalized`"
         )
+    for what, choice in (("method", method), ("fill", fill), ("amplitude", amplitude)):
+        if choice is not None and not callable(choice):
+            raise ValueError(f"`{what}` must be a function, such as `tinyjax.{choice}`; got {choice!r}")
     if fill is not None and not is_function_preserving(fill):
         raise ValueError("`fill` must keep the function (`random0` does): it is written without a line search")
 

@@ -138,6 +138,9 @@ def _path(model: Dimensions, producer: Use, consumers: tuple[Use, ...], flow: Fl
     read = consumers[0].input_value
     pools, weights = flow.pools[read], flow.weights[read]
     if is_rowwise(producer, consumers, pools):
+        for use in consumers:
+            if len([f for f in use.inputs.cols if use.input_atoms[f] is not None]) > 1:
+                raise Unaligned(f"`{use.leaf}` reads every neuron more than once (a repeat?)")
         order = [model.axes.samples, *(a for a in producer.rows if a is not None)]
         producer = aligned(producer, order)
         laid = tuple(lay_out_weight(model.axes, weight, producer) for weight in weights)

@@ -105,7 +105,8 @@ def _broadcast(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[li
 
 
 def _reshape(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
-    flat = [atom for axis in ins[0] for atom in axis]
+    order = op.params["dimensions"]  # `order="F"` reads the axes backwards
+    flat = [atom for d in (range(len(ins[0])) if order is None else order) for atom in ins[0][d]]
     axes = regroup(flat, op.outs[0].shape) if 0 not in op.outs[0].shape else None
     if axes is None:
         _mark_all([*ins, *outs], "it passes through a `reshape` that does not factor")

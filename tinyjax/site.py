@@ -210,4 +210,8 @@ def as_sites(sites: "Site | Iterable[Site]") -> Sites:
     """A `Sites` from one site, a sequence of sites, or a `Sites`."""
     if isinstance(sites, Sites):
         return sites
-    return Sites((sites,) if isinstance(sites, Site) else sites)
+    listed = (sites,) if isinstance(sites, Site) else tuple(sites)
+    for site in listed:
+        if not isinstance(site, Site):
+            raise ValueError(f'`sites` must hold `Site`s, got {site!r}; take them from `find_sites`: `sites["w"]`')
+    return Sites(listed)

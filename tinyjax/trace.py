@@ -49,9 +49,15 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
     """Traces `loss_fn(params, batch)` without running it.
 
     Raises:
-        ValueError: the batch is empty or ragged or holds a raw key; the loss is not a real scalar; with `has_aux`, the
-            function does not return a pair.
+        ValueError: the loss is no function, a leaf no array; the batch is empty or ragged or holds a raw key; the loss
+            is not a real scalar; with `has_aux`, the function does not return a pair.
     """
+    if not callable(loss_fn):
+        raise ValueError(f"`loss_fn` must be a function of `(params, batch)`, got {loss_fn!r}")
+    _require_arrays("params", params)
+    _require_arrays("batch", batch)
+    if not jax.tree.leaves(params):
+        raise ValueError("`params` has no leaves: pass the pytree of arrays that the loss reads")
     num_samples = batch_size(batch)
     jaxpr, out = jax.make_jaxpr(loss_fn, return_shape=True)(params, batch)
     loss = out
@@ -74,6 +80,17 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
         batched=tuple(has_samples(leaf) for leaf in jax.tree.leaves(batch)),
         num_samples=num_samples,
     )
+
+
+def _require_arrays(what: str, tree: Any) -> None:
+    """Raises a ValueError for a leaf that is neither an array (or its shape), a number nor a key."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None)
+        if not isinstance(leaf, bool | int | float | complex) and (dtype is None or dtype == np.dtype(object)):
+            raise ValueError(
+                f"`{what}`{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not an array: leave it out, "
+                "close the loss over it"
+            )
 
 
 def has_samples(leaf: Any) -> bool:

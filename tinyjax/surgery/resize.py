@@ -123,6 +123,8 @@ def compact(params: Params, sites: Sites | Sequence[Site] | Site) -> tuple[Param
 
 def _changes(params: Params, sites: Sites, capacities: Mapping[str, int]) -> dict[str, _Change]:
     """What happens to each leaf."""
+    if not isinstance(capacities, Mapping):
+        raise ValueError(f"`capacities` must be a policy or a capacity by site name, got {capacities!r}")
     require_names(sites, capacities)
     moves: dict[tuple[str, int], dict[int, tuple[tuple[int, ...], np.ndarray]]] = {}
     shapes, padding = {}, {}
@@ -130,6 +132,8 @@ def _changes(params: Params, sites: Sites, capacities: Mapping[str, int]) -> dic
         site = sites[name]
         require_growable(site)
         site_leaves(params, site)
+        if not isinstance(capacity, int | np.integer):
+            raise ValueError(f"the capacity of site `{name}` must be an int, got {capacity!r}")
         source = _source(params, site, capacity)
         for member in site.members if capacity != site.capacity else ():
             layout, slot = member.layout, member.layout.slot

@@ -128,6 +128,8 @@ def write(
         >>> params, born = tinyjax.write(params, site, neurons, amplitude=0.1)
     """
     require_growable(site)
+    if isinstance(amplitude, int | float) and not amplitude >= 0:
+        raise ValueError(f"`amplitude` must be >= 0, got {amplitude}; for the twin pass (-alpha, -omega)")
     leaves = site_leaves(params, site)
     delta = neurons.delta if delta is None else delta
     _check_shapes(site, neurons, delta)
@@ -170,12 +172,14 @@ def add_update(params: Params, site: Site, delta: Array, *, amplitude: ArrayLike
         The updated parameters.
 
     Raises:
-        ValueError: for a site that cannot grow.
+        ValueError: for a site that cannot grow, or an update of another shape.
 
     Example:
         >>> params = tinyjax.add_update(params, site, tinyjax.best_update(statistics), amplitude=0.1)
     """
     require_growable(site)
+    if delta.shape != (shape := _update_shape(site)):
+        raise ValueError(f"`delta` has shape {delta.shape}; site `{site.name}` needs {shape}")
     leaves = site_leaves(params, site)
     return replace_leaves(params, _updated(site, leaves, delta, amplitude, ~free_slots(params, site)))
 
@@ -272,6 +276,11 @@ def _birth_values(
     return new
 
 
+def _update_shape(site: Site) -> tuple[int, ...]:
+    hidden = {rows(kernel) + consumers_have_bias(site) for kernel in site.consumers}
+    return (*site.stack, *hidden, sum(cols(kernel) for kernel in site.consumers))
+
+
 def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
     (producer,) = site.producers
     num_neurons = neurons.alpha.shape[-1]
@@ -285,8 +294,7 @@ def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
     }
     got = {"alpha": neurons.alpha.shape, "omega": neurons.omega.shape}
     if delta is not None:
-        hidden = {rows(kernel) + consumers_have_bias(site) for kernel in site.consumers}
-        expected["delta"] = (*site.stack, *hidden, sum(cols(kernel) for kernel in site.consumers))
+        expected["delta"] = _update_shape(site)
         got["delta"] = delta.shape
     for name, shape in expected.items():
         if got[name] != shape:

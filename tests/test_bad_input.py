@@ -1,0 +1,256 @@
+# ruff: noqa: E501
+"""Bad input: every public door answers with one clear message, and what was passed in stays as it was.
+
+The table of `docs/errors.md` is written from these cases: `python -m tests.test_bad_input` does it.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tinyjax
+
+PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+CAPACITY, WIDTH = 6, 4
+
+
+class Good(NamedTuple):
+    """What every case starts from."""
+
+    params: Any
+    batch: Any
+    sites: Any
+    site: Any
+    statistics: Any
+    neurons: Any
+    info: Any
+    optimizer: Any
+
+
+class Case(NamedTuple):
+    """What is passed, the call, a part of the message, and the error's type."""
+
+    passed: str
+    call: Callable[[Good], Any]
+    message: str
+    error: type[Exception] = ValueError
+
+
+def apply(params, x):
+    return jnp.tanh(x @ params["w"] + params["b"]) @ params["u"]
+
+
+def loss_fn(params, batch):
+    return jnp.mean((apply(params, batch["x"]) - batch["t"]) ** 2)
+
+
+def sigmoid_loss(params, batch):
+    return jnp.mean((jax.nn.sigmoid(batch["x"] @ params["w"] + params["b"]) @ params["u"] - batch["t"]) ** 2)
+
+
+def good() -> Good:
+    rng = np.random.default_rng(0)
+    shapes = {"w": (5, CAPACITY), "b": (CAPACITY,), "u": (CAPACITY, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    batch = {"x": jnp.asarray(rng.normal(size=(16, 5))), "t": jnp.asarray(rng.normal(size=(16, 3)))}
+    sites = tinyjax.find_sites(loss_fn, params, batch)
+    params = tinyjax.thin(params, sites, WIDTH)
+    statistics = tinyjax.estimate(loss_fn, params, batch, sites["w"])
+    neurons = tinyjax.Neurons(jnp.ones((6, 2)), jnp.ones((2, 3)), jnp.ones(2))
+    info = tinyjax.GrowthInfo(*({"w": jnp.zeros(())} for _ in tinyjax.GrowthInfo._fields))
+    info = info._replace(born={"w": jnp.zeros(CAPACITY, bool)})
+    return Good(params, batch, sites, sites["w"], statistics, neurons, info, optax.adam(1e-3))
+
+
+def step(g: Good, **options: Any) -> Any:
+    """A grow step of the good model."""
+    return tinyjax.make_grow_step(loss_fn, **({"sites": g.sites, "num_neurons": 2} | options))
+
+
+def find(g: Good, loss: Any = loss_fn, params: Any = None, batch: Any = None, **options: Any) -> Any:
+    return tinyjax.find_sites(
+        loss, g.params if params is None else params, g.batch if batch is None else batch, **options
+    )
+
+
+def fit(g: Good, **options: Any) -> Any:
+    """The first record of a run."""
+    given = dict(
+        loss_fn=loss_fn, params=g.params, batches=[g.batch], optimizer=tinyjax.with_birth(g.optimizer),
+        schedule=tinyjax.every(1, 1, final=CAPACITY), key=jax.random.key(0), num_neurons=1,
+    )  # fmt: skip
+    return next(tinyjax.fit(**(given | options)))
+
+
+def status(g: Good, value: tinyjax.Status) -> tinyjax.GrowthInfo:
+    return g.info._replace(status={"w": jnp.asarray(int(value))})
+
+
+refused = lambda g: tinyjax.find_sites(sigmoid_loss, g.params, g.batch)["w"]  # noqa: E731
+traced = lambda function: lambda g: jax.jit(partial(function, g))(g.params)  # noqa: E731
+
+CASES = {
+    "`find_sites`, `estimate`, `diagnose`, `make_grow_step`": [
+        Case("an empty batch", lambda g: find(g, batch={"x": g.batch["x"][:0], "t": g.batch["t"][:0]}), "`batch` is empty"),
+        Case("a batch of one sample", lambda g: find(g, batch=jax.tree.map(lambda x: x[:1], g.batch)), "has a single sample"),
+        Case("a batch whose leaves have different lengths", lambda g: find(g, batch=g.batch | {"t": g.batch["t"][:9]}),
+             r"`batch`\['t'\] has 9"),
+        Case("a batch without any array", lambda g: find(g, batch={}), "no array with a leading sample axis"),
+        Case("a batch of numbers", lambda g: find(g, batch={"x": 1.0}), "no array with a leading sample axis"),
+        Case("a raw PRNG key in the batch", lambda g: find(g, batch=g.batch | {"key": jax.random.PRNGKey(0)}), "raw uint32 PRNG key"),
+        Case("text in the batch", lambda g: find(g, batch=g.batch | {"name": ["a"] * 16}), r"`batch`\['name'\]"),
+        Case("a loss for each sample", lambda g: find(g, lambda p, b: jnp.mean((apply(p, b["x"]) - b["t"]) ** 2, 1)), "must return a real scalar"),
+        Case("an integer loss", lambda g: find(g, lambda p, b: jnp.sum(b["x"] > 0)), "must return a real scalar"),
+        Case("a complex loss", lambda g: find(g, lambda p, b: loss_fn(p, b) * 1j), "must return a real scalar"),
+        Case("`(loss, aux)` without `has_aux=True`", lambda g: find(g, lambda p, b: (loss_fn(p, b), 0)), "pass `has_aux=True`"),
+        Case("`has_aux=True` for a loss without aux", lambda g: find(g, has_aux=True), r"must return a pair `\(loss, aux\)`"),
+        Case("a loss that returns None", lambda g: find(g, lambda p, b: None), "must return one scalar"),
+        Case("a number for the loss function", lambda g: find(g, 3.0), "`loss_fn` must be a function"),
+        Case("a kernel of integers", lambda g: find(g, params=g.params | {"w": jnp.ones((5, CAPACITY), int)}), "`w` has integer dtype"),
+        Case("text among the parameters", lambda g: find(g, params=g.params | {"name": "net"}), r"`params`\['name'\] is a str"),
+        Case("parameters without leaves", lambda g: find(g, lambda p, b: b["x"].mean(), params={}), "`params` has no leaves"),
+        Case("the site of another model", lambda g: tinyjax.estimate(
+            lambda p, b: loss_fn({n[0]: x for n, x in p.items()}, b), {n + "_": x for n, x in g.params.items()}, g.batch, g.site),
+            "no site `w`; its sites are `w_`"),
+        Case("the site at another capacity", lambda g: tinyjax.estimate(
+            loss_fn, tinyjax.resize(g.params, g.sites, {"w": 9})[0], g.batch, g.site), "Use the sites that `resize` returned"),
+        Case("a site that cannot grow", lambda g: tinyjax.estimate(sigmoid_loss, g.params, g.batch, refused(g)),
+             "cannot grow: an empty neuron is not silent: `logistic` maps 0 to 0.5"),
+        Case("the name of a site instead of the site", lambda g: tinyjax.estimate(loss_fn, g.params, g.batch, "w"),
+             r"`sites` must hold `Site`s.*sites\[\"w\"\]"),
+        Case("an unknown name", lambda g: g.sites["hidden"], "no site `hidden`; the sites are `w`", KeyError),
+        Case("an odd `chunk`", lambda g: tinyjax.estimate(loss_fn, g.params, g.batch, g.site, chunk=3), "`chunk` must be an even number"),
+        Case("a `chunk` of 0", lambda g: tinyjax.estimate(loss_fn, g.params, g.batch, g.site, chunk=0), "`chunk` must be an even number"),
+        Case("an iterator without batches", lambda g: tinyjax.estimate(loss_fn, g.params, iter(()), g.site), "iterator of batches is empty"),
+        Case("no sites", lambda g: tinyjax.estimate(loss_fn, g.params, g.batch, ()), "`sites` is empty"),
+        Case("`num_neurons=0` to `diagnose`", lambda g: tinyjax.diagnose(loss_fn, g.params, g.batch, num_neurons=0), "`num_neurons` must be an int >= 1"),
+        Case("no sites to grow", lambda g: step(g, sites=()), "`sites` is empty: there is nothing to grow"),
+        Case("a site that cannot grow", lambda g: step(g, sites=refused(g)), "cannot grow"),
+        Case("`num_neurons` of 0", lambda g: step(g, num_neurons=0), "must be an int of at least 1, got 0"),
+        Case("a fractional `num_neurons`", lambda g: step(g, num_neurons=1.5), "must be an int of at least 1, got 1.5"),
+        Case("more neurons than the layer has slots", lambda g: step(g, num_neurons=7), "is 7, more than its 6 slots; `resize` it first"),
+        Case("`num_neurons` for an unknown site", lambda g: step(g, num_neurons={"w": 1, "v": 1}), "unknown site `v`"),
+        Case("`num_neurons` without an entry for a site", lambda g: step(g, num_neurons={}), "no entry for site `w`"),
+        Case("a line search for a method that keeps the function", lambda g: step(g, amplitude=tinyjax.line_search), "a line search would find"),
+        Case("a `fill` that changes the function", lambda g: step(g, fill=tinyjax.tiny), "`fill` must keep the function"),
+        Case("two updates of the same weights", lambda g: step(g, method=tinyjax.tiny_joint)(g.params, g.batch), "pass `update=None`"),
+        Case("a method's name instead of the method", lambda g: step(g, method="tiny"), "`method` must be a function"),
+        Case("fewer than 8 samples to a growth", lambda g: step(g)(g.params, jax.tree.map(lambda x: x[:7], g.batch)), "at least 8 samples"),
+        Case("a random method without key", lambda g: step(g, method=tinyjax.random0)(g.params, g.batch), "pass `key=`"),
+        Case("more `neurons` than the step was made for", lambda g: step(g)(g.params, g.batch, neurons=3), r"was made for 0 \.\. 2"),
+        Case("negative `neurons`", lambda g: step(g)(g.params, g.batch, neurons=-1), r"was made for 0 \.\. 2"),
+        Case("`neurons` for an unknown site", lambda g: step(g)(g.params, g.batch, neurons={"v": 1}), "unknown site `v`"),
+        Case("parameters of another capacity", lambda g: step(g)(tinyjax.resize(g.params, g.sites, {"w": 9})[0], g.batch),
+             "Use the sites that `resize` returned"),
+    ],
+    "`check`": [
+        Case("a growth that met NaN or infinity", lambda g: tinyjax.check(status(g, tinyjax.Status.NON_FINITE)), "not finite, nothing was changed"),
+        Case("a growth without free slots", lambda g: tinyjax.check(status(g, tinyjax.Status.NO_FREE_SLOT)), "Make room with `resize`"),
+        Case("a growth beyond the rank, without `fill`", lambda g: tinyjax.check(status(g, tinyjax.Status.BEYOND_RANK)), "Give a `fill`"),
+    ],
+    "`thin`, `write`, `add_update`, `resize`, `compact`, `prune`": [
+        Case("a width above the capacity", lambda g: tinyjax.thin(g.params, g.sites, 7), r"outside 0 \.\. 6"),
+        Case("a negative width", lambda g: tinyjax.thin(g.params, g.sites, -1), r"outside 0 \.\. 6"),
+        Case("the width of an unknown site", lambda g: tinyjax.thin(g.params, g.sites, {"v": 1}), "no site `v`"),
+        Case("a leaf that is missing", lambda g: tinyjax.width({"w": g.params["w"]}, g.site), "`b`"),
+        Case("a leaf of integers", lambda g: tinyjax.width(jax.tree.map(lambda x: x.astype(int), g.params), g.site), "only floats can grow"),
+        Case("fan-in of another layer", lambda g: tinyjax.write(g.params, g.site, g.neurons._replace(alpha=jnp.ones((4, 2))), amplitude=1.0),
+             r"`alpha` has shape \(4, 2\)"),
+        Case("fan-out of another layer", lambda g: tinyjax.write(g.params, g.site, g.neurons._replace(omega=jnp.ones((2, 9))), amplitude=1.0),
+             r"`omega` has shape \(2, 9\)"),
+        Case("no neurons", lambda g: tinyjax.write(g.params, g.site, g.neurons._replace(alpha=jnp.ones((6, 0)), omega=jnp.ones((0, 3))), amplitude=1.0),
+             "no neurons to write"),
+        Case("birth values for a leaf that is no vector of the site", lambda g: tinyjax.write(
+            g.params, g.site, g.neurons, amplitude=1.0, birth={"u": 1.0}), "`birth` names `u`"),
+        Case("a negative amplitude", lambda g: tinyjax.write(g.params, g.site, g.neurons, amplitude=-1.0), "`amplitude` must be >= 0"),
+        Case("an update of another shape", lambda g: tinyjax.add_update(g.params, g.site, jnp.ones((2, 2)), amplitude=1.0), r"`delta` has shape \(2, 2\)"),
+        Case("a capacity below the width", lambda g: tinyjax.resize(g.params, g.sites, {"w": 3}), "would cut used slots: its width is 4"),
+        Case("a capacity of 0", lambda g: tinyjax.resize(g.params, g.sites, {"w": 0}), "would cut used slots"),
+        Case("a fractional capacity", lambda g: tinyjax.resize(g.params, g.sites, {"w": 8.5}), "must be an int"),
+        Case("the capacity of an unknown site", lambda g: tinyjax.resize(g.params, g.sites, {"v": 9}), "no site `v`"),
+        Case("one number for the capacities", lambda g: tinyjax.resize(g.params, g.sites, 8), "`capacities` must be"),
+        Case("an optimizer without its state", lambda g: tinyjax.resize(g.params, g.sites, {"w": 9}, optimizer=g.optimizer), "belong together"),
+        Case("the state of another optimizer", lambda g: tinyjax.resize(
+            g.params, g.sites, {"w": 9}, optimizer=g.optimizer, opt_state=optax.sgd(0.1, momentum=0.9).init(g.params)), "another structure"),
+        Case("`compact` under `jit`", lambda g: jax.jit(lambda p: tinyjax.compact(p, g.sites)[0])(g.params), "call it on concrete arrays, outside `jit`"),
+        Case("more neurons to prune than there are slots", lambda g: tinyjax.prune(g.params, g.site, g.statistics, num_neurons=7), r"outside 0 \.\. 6"),
+        Case("`full` without final widths", lambda g: tinyjax.resize(g.params, g.sites, tinyjax.full), "pass `final`"),
+        Case("`multiple_of(0)`", lambda g: tinyjax.multiple_of(0), "`multiple` must be at least 1"),
+        Case("`geometric(1)`", lambda g: tinyjax.geometric(1.0), "`ratio` must be above 1"),
+    ],
+    "Methods and amplitudes": [
+        Case("`num_neurons=0`", lambda g: tinyjax.tiny(g.statistics, num_neurons=0), "`num_neurons` must be an int >= 1"),
+        Case("`random` without key", lambda g: tinyjax.random(g.statistics, num_neurons=1), "draws random numbers: pass `key=`"),
+        Case("`fisher_tiny` without `energy_matrix`", lambda g: tinyjax.fisher_tiny(g.statistics, num_neurons=1), "`energy_matrix`"),
+        Case("a negative ridge", lambda g: tinyjax.tiny(g.statistics, num_neurons=1, ridge=-1.0), "`ridge` must be"),
+        Case("statistics of two capacities to `merge`", lambda g: tinyjax.merge(g.statistics, tinyjax.estimate(
+            loss_fn, *(lambda r: (r[0], g.batch, r[1]["w"]))(tinyjax.resize(g.params, g.sites, {"w": 9})))), "`merge` got statistics of different shapes"),
+        Case("a negative fixed amplitude", lambda g: tinyjax.fixed(-1.0), "`gamma` must be >= 0"),
+        Case("an empty bracket", lambda g: tinyjax.line_search(lambda x: x, dtype=jnp.float64, bracket=(1.0, 1.0)), "0 < low < high"),
+    ],
+    "Schedules, optimizers, `fit`": [
+        Case("a period of 0", lambda g: tinyjax.every(0, 1, final=4), "`period` must be at least 1"),
+        Case("no neurons a growth", lambda g: tinyjax.every(1, 0, final=4), "`neurons` must be at least 1"),
+        Case("a fraction above 1", lambda g: tinyjax.early(10, 1, final=4, fraction=2.0), r"`fraction` must be in \(0, 1\]"),
+        Case("more growths than steps", lambda g: tinyjax.early(10, 9, final=4), r"`events` must be in 1 \.\. 2"),
+        Case("a schedule for an unknown site", lambda g: tinyjax.every(1, {"v": 1}, final=4)(0, {"w": 1}), "no site `v`"),
+        Case("`reset_grown` without `with_birth`", lambda g: tinyjax.reset_grown(
+            g.optimizer, g.optimizer.init(g.params), g.params, g.sites, g.info.born), "wrap the optimizer as `with_birth"),
+        Case("`born` of another capacity", lambda g: tinyjax.reset_grown(
+            (o := tinyjax.with_birth(g.optimizer)), o.init(g.params), g.params, g.sites, {"w": jnp.ones(3, bool)}), r"`born` of site `w` has shape \(3,\)"),
+        Case("no batches to `fit`", lambda g: fit(g, batches=[]), "`batches` is empty"),
+        Case("`micro_batch=0`", lambda g: fit(g, micro_batch=0), "`micro_batch` must be at least 1"),
+        Case("a batch that is no multiple of `micro_batch`", lambda g: fit(g, micro_batch=5, schedule=lambda *_: {}), "not a multiple of `micro_batch`"),
+        Case("a schedule that asks for more than `num_neurons`", lambda g: fit(g, schedule=lambda *_: {"w": 2}), "2"),
+    ],
+}  # fmt: skip
+ALL = [(door, case) for door, cases in CASES.items() for case in cases]
+
+
+def message(case: Case, given: Good) -> str:
+    """What the case is answered with."""
+    with pytest.raises(case.error) as caught:
+        case.call(given)
+    return str(caught.value.args[0])
+
+
+@pytest.fixture(scope="module")
+def given():
+    return good()
+
+
+@pytest.mark.parametrize(("door", "case"), ALL, ids=[case.passed for _, case in ALL])
+def test_bad_input(given, door, case):
+    before = jax.tree.map(np.array, (given.params, given.batch["x"]))
+    assert re.search(case.message, message(case, given), re.DOTALL)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, (given.params, given.batch["x"]))))
+
+
+def page(given: Good) -> str:
+    lines = ["# What bad input is answered with", "", "Written by `python -m tests.test_bad_input`; a test compares it.",
+             "Nothing is changed by a call that raises: parameters, optimizer states and batches are as they were."]  # fmt: skip
+    for door, cases in CASES.items():
+        lines += ["", f"## {door}", "", "| what was passed | error | message |", "|---|---|---|"]
+        for case in cases:
+            text = " ".join(message(case, given).split()).replace("|", "\\|")
+            lines.append(f"| {case.passed} | `{case.error.__name__}` | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_is_up_to_date(given):
+    assert len(ALL) >= 40
+    assert PAGE.read_text() == page(given), "run `python -m tests.test_bad_input`"
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(good()))

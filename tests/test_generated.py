@@ -1,0 +1,154 @@
+"""Random architectures: every site that discovery offers is grown with the function kept, every other has a reason.
+
+At a site that grows, all others are widened too; neurons with fan-out zero, fan-in zero and amplitude zero must change
+nothing, and the loss must change as fast as the statistics say by a neuron of small fan-in.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+from generated import Generated, generate
+from numpy_jaxpr import evaluate, traced
+
+from tinyjax.estimate import estimate
+from tinyjax.methods import Neurons
+from tinyjax.site import Site, Sites, resized
+from tinyjax.sites import find_sites
+from tinyjax.slots import COUNTED, cols, rows
+from tinyjax.statistics import Statistics
+from tinyjax.surgery import resize, thin, write
+
+FAST, LONG = 200, 2000
+SMALL = 1e-6  # of a fan-in; differences of the loss are then good to 1e-10
+
+
+def widened(model: Generated, sites: Sites, rng: np.random.Generator) -> tuple[Any, Sites]:
+    """The parameters and sites with one to three more slots everywhere."""
+    capacities = {site.name: site.capacity + int(rng.integers(1, 4)) for site in sites.growable}
+    params = evaluate(lambda p: resize(p, sites, capacities)[0], model.params)
+    return params, resized(sites, capacities)
+
+
+def draw(site: Site, rng: np.random.Generator) -> tuple[Any, Any]:
+    """Fan-in and fan-out of a random neuron."""
+    (producer,) = site.producers
+    inputs = rows(producer) + (producer.bias is not None)
+    outputs = sum(rows(c) // site.capacity * cols(c) for c in site.consumers)
+    return rng.normal(size=(*site.stack, inputs, 1)), rng.normal(size=(*site.stack, 1, outputs))
+
+
+def problems(model: Generated, seed: int, *, slopes: bool) -> Iterator[str]:
+    """What is wrong with the sites of a model."""
+    rng = np.random.default_rng(seed)
+    sites = find_sites(model.loss_fn, model.params, model.batch)
+    yield from (
+        f"`{site.name}`: refused without a reason" for site in sites if not site.growable | (len(site.reason) > 9)
+    )
+    if not sites.growable:
+        return
+    wide, wide_sites = widened(model, sites, rng)
+
+    def network(params: Any, batch: Any) -> Any:
+        return model.loss_fn(params, batch) - model.penalty(params)
+
+    before = evaluate(network, model.params, model.batch)
+    if not np.isfinite(before):
+        return
+    network = traced(network, wide, model.batch)
+    base = network(wide, model.batch)
+    if not abs(base - before) <= 1e-12 * (1 + abs(before)):
+        yield f"widening moves the loss from {before} to {base}"
+    statistics = {}
+    if slopes:
+        statistics = evaluate(lambda p, b: estimate(model.loss_fn, p, b, wide_sites.growable), wide, model.batch)
+        gradient = evaluate(jax.grad(model.loss_fn), wide, model.batch)
+    for site in wide_sites.growable:
+
+        def put(params: Any, alpha: Any, omega: Any, amplitude: Any, site: Site = site) -> Any:
+            new = write(params, site, Neurons(alpha, omega, alpha[0]), amplitude=amplitude)[0]
+            return new, thin(new, site, sites[site.name].capacity)
+
+        alpha, omega = draw(site, rng)
+        put = traced(put, wide, alpha, omega, 1.0)
+
+        def loss(alpha: Any, omega: Any, put: Any = put) -> Any:
+            return network(put(wide, alpha, omega, 1.0)[0], model.batch)
+
+        for what, change in (("out", loss(alpha, 0 * omega) - base), ("in", loss(0 * alpha, omega) - base)):
+            if not abs(change) <= 1e-12 * (1 + abs(base)):
+                yield f"`{site.name}`: a neuron of fan-{what} zero moves the loss by {change:.1e}"
+        same = jax.tree.map(
+            np.array_equal, (*put(wide, alpha, omega, 0.0), put(wide, alpha, omega, 1.0)[1]), (wide,) * 3
+        )
+        if not all(jax.tree.leaves(same)):
+            yield f"`{site.name}`: writing at amplitude 0, or writing and thinning, is not the identity"
+        if slopes:
+            yield from dust(site, sites[site.name].capacity, gradient)
+            if site.norm is None and model.slope != 0:
+                yield from slope(site, statistics[site.name], loss, [draw(site, rng) for _ in range(3)], model.slope)
+
+
+def dust(site: Site, used: int, gradient: Any) -> Iterator[str]:
+    """An empty slot gets no gradient; scales and statistics may (from a penalty), a birth sets them anew."""
+    for member in (m for m in site.members if m.role in COUNTED):
+        largest = np.abs(member.layout.to_slots(gradient[member.leaf])[..., used:, :]).max()
+        if largest != 0:
+            yield f"`{site.name}`: a gradient of {largest:.1e} in an empty slot of `{member.leaf}`"
+
+
+def slope(site: Site, record: Statistics, loss: Any, neurons: list[Any], factor: float | None) -> Iterator[str]:
+    """The loss falls by <N, alpha omega>, times the slope of the activations: one factor for all neurons."""
+    moment = record.cross_prev.sum(axis=-3) / record.count.reshape(-1, 2)[0].sum()
+    said = np.array([-np.sum((np.swapaxes(alpha, -1, -2) @ moment) * omega) for alpha, omega in neurons])
+    found = [(loss(SMALL * alpha, omega) - loss(-SMALL * alpha, omega)) / (2 * SMALL) for alpha, omega in neurons]
+    size = np.array([np.linalg.norm(alpha) * np.linalg.norm(omega) for alpha, omega in neurons]) * np.linalg.norm(
+        moment
+    )
+    if not size.max() > 1e-7:
+        return
+    factor = float(found @ said / (said @ said)) if factor is None else factor
+    worst = np.abs(found - factor * said).max() / size.max()
+    if not worst < 1e-5:
+        yield f"`{site.name}`: the loss falls by {np.array(found)}, the statistics say {factor:.3f} times {said}"
+
+
+def told(seed: int, *, slopes: bool) -> list[str]:
+    """The problems of a seed, with its story."""
+    model = generate(seed)
+    return [f"seed {seed}: {text}\n    {' > '.join(model.story)}" for text in problems(model, seed, slopes=slopes)]
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_generated_architectures(part):
+    each = FAST // 8
+    found = [text for seed in range(part * each, (part + 1) * each) for text in told(seed, slopes=seed % 5 == 0)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(20))
+def test_many_generated_architectures(part):
+    each = LONG // 20
+    found = [text for seed in range(FAST + part * each, FAST + (part + 1) * each) for text in told(seed, slopes=True)]
+    assert not found, "\n".join(found)
+
+
+def test_enough_of_them_can_grow():
+    """The others prove little: most models have a site, and some have several."""
+    growable = []
+    for seed in range(60):
+        model = generate(seed)
+        growable.append(len(find_sites(model.loss_fn, model.params, model.batch).growable))
+    assert np.mean(np.array(growable) > 0) > 0.6 and sum(growable) > 100
+
+
+@pytest.mark.parametrize("seed", [0, 11, 29])
+def test_the_evaluator_agrees_with_xla(seed):
+    model = generate(seed)
+    for function in (model.loss_fn, jax.grad(model.loss_fn)):
+        mine = evaluate(function, model.params, model.batch)
+        chex.assert_trees_all_close(mine, jax.jit(function)(model.params, model.batch), rtol=1e-9, atol=1e-12)
