@@ -106,6 +106,8 @@ def test_without_link_n_is_taken_against_the_residual(name):
     assert_close(projected.cross_prev, slow_sums(*data, geo, True, True, delta)["cross_prev"], 1e-8)
     for field in ("gram_prev", "gram", "cross", "energy"):
         assert_close(getattr(projected, field), getattr(linked, field))
+    assert_close(projected.cross_asked, linked.cross_prev)
+    assert linked.cross_asked is None
     own = fast_sums(*data, geo, options=(("link_limit", 0), ("project", lambda g, c: c * 0.1)))
     expected = slow_sums(*data, geo, True, True, 0.1 * np.asarray(linked.cross.sum(0)))["cross_prev"]
     assert_close(own.cross_prev, expected)

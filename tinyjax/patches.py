@@ -31,6 +31,7 @@ class Sums(NamedTuple):
     link: Array | None
     energy: Array
     energy_matrix: Array | None
+    cross_asked: Array | None = None
 
 
 def conv_sums(
@@ -63,7 +64,8 @@ def conv_sums(
     same r holds after a pooling, which only changes what a patch is; after global pooling O is 1, and r with it.
 
     Where `link` would have more than `link_limit` entries, `cross_prev` is projected instead: a first pass gives G and
-    M of all samples, `project` an update from them, and a second pass sums patches against what the update leaves.
+    M of all samples, `project` an update from them, and a second pass sums patches against what the update leaves. N~
+    itself is then summed by a pass of its own, which the compiler drops where nothing uses it.
 
     Args:
         x: (n, *space0, C_in) input of the producer.
@@ -114,6 +116,11 @@ def conv_sums(
     def projected(x: Array, h: Array, v: Array, live: Array):
         return chosen.producer(x, None, _residual(h, v, live, delta, pair), live)
 
+    def asked(x: Array, h: Array, v: Array, live: Array):
+        del h
+        return chosen.producer(x, None, v, live)
+
+    cross_asked = None
     if linked:
         (consumed, energy), produced = _by_half(both, (x, h, v), chosen.chunk)
         gram, cross = jax.vmap(chosen.consumer_done)(consumed)
@@ -122,6 +129,8 @@ def conv_sums(
         gram, cross = jax.vmap(chosen.consumer_done)(consumed)
         delta = project(gram.sum(0), cross.sum(0))
         produced = _by_half(projected, (x, h, v), chosen.chunk)
+        _, cross_asked, _ = jax.vmap(chosen.producer_done)(_by_half(asked, (x, h, v), chosen.chunk))
+        cross_asked = cross_asked.reshape(2, inputs, -1)
     gram_prev, cross_prev, link = jax.vmap(chosen.producer_done)(produced)
     identity = jnp.eye(offsets, dtype=dtype)
     return Sums(
@@ -132,6 +141,7 @@ def conv_sums(
         link=link,
         energy=jnp.trace(energy, axis1=1, axis2=2) if energy_matrix else energy,
         energy_matrix=jax.vmap(jnp.kron, (0, None))(energy, identity) if energy_matrix else None,
+        cross_asked=cross_asked,
     )
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-_SUMS = ("count", "gram_prev", "cross_prev", "gram", "cross", "link", "energy", "energy_matrix")
+_SUMS = ("count", "gram_prev", "cross_prev", "gram", "cross", "link", "energy", "energy_matrix", "cross_asked")
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +31,8 @@ class Statistics:
     Attributes:
         count: (2,) number of samples, in the dtype of the sums.
         gram_prev: (2, D, D) S = sum of b_prev b_prev'.
-        cross_prev: (2, D, Q) N~ = sum of b_prev v', v = V_goal = -n dloss/da. Already projected when `link` is None.
+        cross_prev: (2, D, Q) N~ = sum of b_prev v', v = V_goal = -n dloss/da. Already projected when `link` is None:
+            then `cross_asked` is N~.
         gram: (2, H, H) G = sum of b b'.
         cross: (2, H, M) sum of b v'.
         link: (2, O, D, H) P = sum of b_prev b' for each kernel offset; None where it would be too large.
@@ -44,6 +45,7 @@ class Statistics:
         bias: whether the consumer has a bias.
         ridge: () the ridge of neurons chosen on held-out samples, by `with_ridges`; None: not yet chosen.
         ridge_update: () the same for the best update.
+        cross_asked: (2, D, Q) N~ where `link` is None, else None.
     """
 
     count: Array
@@ -61,6 +63,7 @@ class Statistics:
     bias: bool = dataclasses.field(metadata={"static": True})
     ridge: Array | None = None
     ridge_update: Array | None = None
+    cross_asked: Array | None = None
 
 
 class Moments(NamedTuple):
@@ -73,6 +76,7 @@ class Moments(NamedTuple):
     link: Array | None
     energy: Array
     energy_matrix: Array | None
+    cross_asked: Array | None = None
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
@@ -90,6 +94,34 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
             f"estimated with the same options. Got {structures[0]} and {structures[1]}."
         )
     added = _replace_sums(b, lambda name: jax.tree.map(jnp.add, getattr(a, name), getattr(b, name)))
+    return dataclasses.replace(added, ridge=None, ridge_update=None)
+
+
+def merge_over(statistics: Statistics, axis_name: str | tuple[str, ...]) -> Statistics:
+    """The statistics of all devices along a mesh axis together; for use inside `jax.shard_map`.
+
+    Every device estimates on its own samples; only the sums travel (`jax.lax.psum`). The losses of the devices must be
+    means over their own samples, and the parameters replicated.
+
+    Args:
+        statistics: of the samples of this device.
+        axis_name: the axis of the mesh, or several.
+
+    Returns:
+        The same record on every device: what follows from it (ridges, neurons) is computed on each, alike.
+
+    Raises:
+        ValueError: the site is too wide for statistics to be added.
+
+    Example:
+        >>> def on_a_device(params, batch):
+        ...     return merge_over(estimate(loss_fn, params, batch, site), "data")
+        >>> specs = dict(in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
+        >>> statistics = jax.jit(jax.shard_map(on_a_device, mesh=mesh, **specs))(params, batch)
+    """
+    if statistics.link is None:
+        raise ValueError("this site is too wide for its statistics to be added: let `jit` shard the batch instead")
+    added = _replace_sums(statistics, lambda name: jax.lax.psum(getattr(statistics, name), axis_name))
     return dataclasses.replace(added, ridge=None, ridge_update=None)
 
 

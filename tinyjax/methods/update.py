@@ -64,11 +64,14 @@ def unprojected_cross(moments: Moments) -> Array:
     """N~, the cross moment of the producer's input with V_goal itself: (D, Q).
 
     Raises:
-        ValueError: the statistics have no `link`, so that their `cross_prev` is already projected.
+        ValueError: the statistics have neither `link` nor `cross_asked`: their `cross_prev` is already projected.
     """
-    if moments.link is None:
+    if moments.link is not None:
+        return moments.cross_prev
+    if moments.cross_asked is None:
         raise ValueError(
-            "these statistics have no `link`: their `cross_prev` is already projected and the unprojected one, which "
-            "this method needs, is lost. Use a method of the projected goal here, such as `tiny` or `tiny0`."
+            "these statistics have no `link`: their `cross_prev` is already projected, and without `cross_asked` the "
+            "unprojected one, which this method needs, is lost. Use a method of the projected goal here, such as "
+            "`tiny` or `tiny0`."
         )
-    return moments.cross_prev
+    return moments.cross_asked
