@@ -274,13 +274,14 @@ def test_a_crafted_checkpoint_runs_nothing_and_writes_nothing(whole, tmp_path, m
     def rename(content):
         content["params"][0][0] = "../../elsewhere"
 
+    objects = {"dtype": "O", "shape": [1], "key": None, "data": "AAAAAAAAAAA="}
     crafted = [
         (record, reseal(rename)),
         (record, reseal(lambda c: c["params"][0].__setitem__(1, "object"))),
-        (record, reseal(lambda c: c.__setitem__("extra", ["leaf", {"dtype": "O", "shape": [1], "key": None, "data": "AAAAAAAAAAA="}]))),
+        (record, reseal(lambda c: c.__setitem__("extra", ["leaf", objects]))),
         (record, reseal(lambda c: c.__setitem__("structure", ["os.system", ["touch ran_code"]]))),
         *((path, pickle.dumps(Payload())) for path in files(run)),
-    ]  # fmt: skip
+    ]
     before = {path: path.read_bytes() for path in files(tmp_path)}
     events = request.getfixturevalue("events")
     refused = 0
