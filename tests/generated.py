@@ -1,8 +1,9 @@
 """Random architectures, one a seed: what nobody thought of writing down by hand.
 
 A model is a chain of random steps on vectors, sequences or images, with residual branches, concatenations, gates,
-norms, poolings, scans and shared weights among them, in the various ways one can write each in JAX. Steps never know
-know a width: they run with wider leaves as they are.
+norms, poolings, scans and shared weights among them, in the various ways one can write each in JAX. Steps never know a
+width: they run with wider leaves as they are.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
