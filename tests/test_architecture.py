@@ -20,7 +20,7 @@ LEVELS = [
     ["estimate", "births"],
     ["growing", "diagnosis"],
     ["growth"],
-    ["checkpoint"],
+    ["checkpoint", "ranking"],
     ["training"],
 ]
 RANKS = {module: rank for rank, modules in enumerate(LEVELS) for module in modules}

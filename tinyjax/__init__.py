@@ -47,6 +47,9 @@ from tinyjax.optimizer import fresh as fresh
 from tinyjax.optimizer import reset_grown as reset_grown
 from tinyjax.optimizer import with_birth as with_birth
 from tinyjax.optimizer import zeros as zeros
+from tinyjax.ranking import Score as Score
+from tinyjax.ranking import gauss_newton as gauss_newton
+from tinyjax.ranking import score_sites as score_sites
 from tinyjax.scaling import fixed as fixed
 from tinyjax.scaling import line_search as line_search
 from tinyjax.scaling import normalize as normalize
