@@ -70,6 +70,7 @@ from tinyjax.sites import find_sites as find_sites
 from tinyjax.statistics import Moments as Moments
 from tinyjax.statistics import Statistics as Statistics
 from tinyjax.statistics import merge as merge
+from tinyjax.statistics import merge_over as merge_over
 from tinyjax.statistics import moments as moments
 from tinyjax.surgery import add_update as add_update
 from tinyjax.surgery import compact as compact
