@@ -16,6 +16,9 @@ with zero fan-out (`tiny0`), random filler beyond the rank. All runs share data,
     fixed           the final width from the start
     fixed + dW*     the same, with the best-update steps of the growing network at the same times (mlp)
 
+Ctrl-C finishes the step and saves; the same command with `--resume` goes on, also after a crash, and ends with the same
+network as if it had never been stopped.
+
 Writes log.jsonl, figure.png and final.npz (the compact parameters of the grown network) to `--out`. The test split is
 reported, never used to choose anything. In the table of growths, psi is mean |V_goal|^2 before the growth, gain is
 what the new neurons can take away from it after the best update (in the linear model; held out: on samples they were
@@ -23,13 +26,17 @@ not computed from), gamma is the amplitude of the neurons and of the update; acc
 """
 
 import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 
 import rich.progress as bars
 
 import tinyjax
 from experiments import mlp, resnet
 from experiments.reporting import CONSOLE, growth_table, result_table, verdict, write_results
-from experiments.tasks import METHODS, Compilations, Run, follow
+from experiments.tasks import METHODS, Compilations, Refused, Run, follow
 
 MODELS = {"mlp": mlp.prepare, "resnet18": resnet.prepare}
 DATASETS = ("digits", "mnist5k", "cifar10", "cifar100")
@@ -46,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from --seed on")
     parser.add_argument("--out", default="results")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that was stopped in --out")
     dense = parser.add_argument_group("--model mlp")
     dense.add_argument("--widths", type=int, nargs="+", help="final hidden widths; default: 64 64")
     dense.add_argument("--start", type=int, help="hidden widths at the start; default: 2")
@@ -86,10 +94,43 @@ def _complete_resnet(parser: argparse.ArgumentParser, config: argparse.Namespace
     config.preset = config.preset or "cpu"
 
 
+def checkpoints(config: argparse.Namespace) -> Path:
+    """The folder for the checkpoints of a command, which holds those of this command or none.
+
+    Raises:
+        SystemExit: it holds a run that nobody asked to go on with, or that of another command.
+    """
+    folder = Path(config.out) / "checkpoints"
+    asked = {name: value for name, value in vars(config).items() if name not in ("out", "resume")}
+    note = folder / "command.json"
+    if note.is_file():
+        if not config.resume:
+            raise SystemExit(
+                f"{folder} holds a run that was stopped: go on with --resume, choose another --out, or remove it"
+            )
+        started = json.loads(note.read_text())
+        changed = [
+            f"--{name.replace('_', '-')} {started.get(name)}" for name in asked if started.get(name) != asked[name]
+        ]
+        if changed:
+            raise SystemExit(f"the run in {folder} was started with {', '.join(changed)}: --resume needs the same")
+    elif config.resume:
+        raise SystemExit(f"there is nothing to resume in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = note.with_suffix(".part")
+    staged.write_text(json.dumps(asked))
+    staged.replace(note)
+    return folder
+
+
 def main(arguments: list[str] | None = None) -> dict[str, list[Run]]:
     config = parse(arguments)
     compilations = Compilations()
-    task = MODELS[config.model](config)
+    try:
+        task = MODELS[config.model](config)
+    except (OSError, Refused) as error:  # OSError: a data set that cannot be downloaded; it says where to put it
+        raise SystemExit(str(error)) from error
+    saved = checkpoints(config)
     CONSOLE.print(f"{config.dataset}: {task.num_train} training samples, seed {config.seed}")
     CONSOLE.print(str(task.sites), highlight=False)
     columns = (
@@ -101,20 +142,22 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Run]]:
         bars.TextColumn("{task.fields[now]}"),
     )
     results: dict[str, list[Run]] = {name: [] for name in task.runs}
-    with bars.Progress(*columns, console=CONSOLE) as progress:
-        for name in task.runs:
+    with tinyjax.stop_on_interrupt() as stopped, bars.Progress(*columns, console=CONSOLE) as progress:
+        for number, name in enumerate(task.runs):
             bar = progress.add_task(name.ljust(14), total=config.seeds * task.steps, now="")
 
-            def tick(record: tinyjax.Record, bar: bars.TaskID = bar) -> None:
-                widths = " ".join(map(str, record.width.values()))
-                progress.update(bar, advance=1, now=f"widths {widths}")
+            def tick(steps: int, width: Mapping[str, int], bar: bars.TaskID = bar) -> None:
+                progress.update(bar, advance=steps, now=f"widths {' '.join(map(str, width.values()))}")
 
             for seed in range(config.seed, config.seed + config.seeds):
-                results[name].append(follow(task, name, seed, compilations=compilations, tick=tick))
+                folder = saved / f"{number}-seed-{seed}"
+                run = follow(task, name, seed, folder, compilations=compilations, tick=tick, stopped=stopped)
+                results[name].append(run)
     CONSOLE.print(growth_table(results["grown"][0].rows))
     CONSOLE.print(result_table(results))
     CONSOLE.print(verdict(results), highlight=False)
-    write_results(vars(config), results)
+    write_results({name: value for name, value in vars(config).items() if name != "resume"}, results)
+    shutil.rmtree(saved)
     return results
 
 

@@ -15,11 +15,12 @@ import optax
 
 import tinyjax
 from experiments.controls import never, no_neurons
-from experiments.tasks import METHODS, Task, load, own_update
+from experiments.tasks import METHODS, Refused, Task, load, own_update
 from tinyjax import data, methods
 from tinyjax.models import MLP
 from tinyjax.schedule import Additions, Widths
 from tinyjax.site import resized
+from tinyjax.surgery import everything
 
 EPOCHS = {"digits": 40, "mnist5k": 20}
 
@@ -45,8 +46,15 @@ def prepare(config: argparse.Namespace) -> Task:
     sites = tinyjax.find_sites(loss_fn, params, train).growable
     final = {site.name: site.capacity for site in sites}
     optimizer = tinyjax.with_birth(optax.adam(config.learning_rate))
+    if config.batch_size > len(train.label):
+        raise Refused(f"--batch-size {config.batch_size} is more than the {len(train.label)} training samples")
     steps_per_epoch = len(train.label) // config.batch_size
     steps = config.epochs * steps_per_epoch
+    if config.growths > steps // 4:
+        raise Refused(
+            f"--growths {config.growths} do not fit into the first quarter of training, {steps // 4} steps: ask for "
+            "fewer, or for more --epochs"
+        )
     schedule = tinyjax.early(steps, events=config.growths, final=final)
     start_widths = {name: config.start for name in sites.names}
     most = _largest_growth(schedule, steps, start_widths)
@@ -129,6 +137,8 @@ def prepare(config: argparse.Namespace) -> Task:
         },
         accuracy=lambda params, sites, batch: float(accuracy(params, batch)),
         splits=splits,
+        optimizer=optimizer,
+        trainable=everything,
         steps=steps,
         evaluate_every=steps_per_epoch,
         num_train=len(train.label),

@@ -254,6 +254,8 @@ def prepare(config: argparse.Namespace) -> Task:
         },
         accuracy=network.correct,
         splits=measured,
+        optimizer=tinyjax.with_birth(network.protocol.optimizer()),
+        trainable=trained,
         steps=steps,
         evaluate_every=max(1, round(len(splits["train"].label) / network.calendar.sizes[-1])),
         num_train=len(splits["train"].label),

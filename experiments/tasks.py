@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import tinyjax
 from tinyjax import data, methods
@@ -14,7 +16,12 @@ from tinyjax import data, methods
 Start = Callable[[int, Any], Iterator[tinyjax.Record]]
 Row = dict[str, Any]
 
+SAVE_SECONDS = 20
 METHODS = {name: getattr(methods, name) for name in ("tiny0", "random0", "tiny", "tiny_unprojected", "tiny_joint")}
+
+
+class Refused(Exception):
+    """Arguments that do not go with the data set; says which and what to do."""
 
 
 class Task(NamedTuple):
@@ -25,6 +32,8 @@ class Task(NamedTuple):
         runs: by name, `start(seed, record)`: the records of `fit` from the beginning, or from after `record`.
         accuracy: `(params, sites, batch) -> accuracy`.
         splits: what accuracy is measured on, by name.
+        optimizer: of all runs.
+        trainable: the part of the parameters that it sees.
         steps: gradient steps of a run.
         evaluate_every: steps between measurements; growths are measured too.
         num_train: training samples.
@@ -34,6 +43,8 @@ class Task(NamedTuple):
     runs: Mapping[str, Start]
     accuracy: Callable[[Any, tinyjax.Sites, data.Batch], float]
     splits: Mapping[str, data.Batch]
+    optimizer: optax.GradientTransformation
+    trainable: Callable[[Any], Any]
     steps: int
     evaluate_every: int
     num_train: int
@@ -75,20 +86,55 @@ def load(name: str) -> tuple[data.Dataset, dict[str, data.Batch]]:
 
 
 def follow(
-    task: Task, name: str, seed: int, *, compilations: Compilations, tick: Callable[[tinyjax.Record], None]
+    task: Task,
+    name: str,
+    seed: int,
+    folder: Path,
+    *,
+    compilations: Compilations,
+    tick: Callable[[int, Mapping[str, int]], None],
+    stopped: Callable[[], bool],
 ) -> Run:
-    """Runs to the end and writes down what the growths did and how well the network does; `tick` sees every record."""
-    began, before = time.perf_counter(), compilations.count
-    rows: list[Row] = []
+    """Runs to the end and writes down what the growths did and how well the network does.
+
+    Goes on from the checkpoint in `folder` if there is one, and leaves one there every `SAVE_SECONDS`, at the end, and
+    when it is stopped.
+
+    Args:
+        task: what is run.
+        name: of the run.
+        seed: of the run.
+        folder: of its checkpoints.
+        compilations: counts them.
+        tick: is told the steps done since the last call and the widths.
+        stopped: whether to stop after this step.
+
+    Raises:
+        SystemExit: it was stopped.
+    """
+    saved = tinyjax.restore(folder, task.optimizer, trainable=task.trainable) if folder.is_dir() else None
+    rows: list[Row] = [] if saved is None else list(saved.extra)
+    if saved is not None:
+        tick(saved.step, {})
+        if saved.step == task.steps:
+            return Run(rows, saved.params, saved.sites)
+    before = rows[-1] if rows else {"seconds": 0.0, "compiles": 0}
+    began, compiled = time.perf_counter() - before["seconds"], compilations.count - before["compiles"]
+    last_save = time.perf_counter()
     record = None
-    for record in task.runs[name](seed, None):
+    for record in task.runs[name](seed, saved):
         if record.growth is not None or record.step % task.evaluate_every == 0 or record.step == task.steps:
             row: Row = {"run": name, "seed": seed, "step": record.step, "loss": float(record.loss)}
             row |= _accuracies(task, record) | {"width": dict(record.width)}
             if record.growth is not None:
                 row |= _growth(record.growth)
-            rows.append(row | {"seconds": time.perf_counter() - began, "compiles": compilations.count - before})
-        tick(record)
+            rows.append(row | {"seconds": time.perf_counter() - began, "compiles": compilations.count - compiled})
+        tick(1, record.width)
+        if stopped() or record.step == task.steps or time.perf_counter() - last_save > SAVE_SECONDS:
+            tinyjax.save(folder, record, extra=rows)
+            last_save = time.perf_counter()
+        if stopped():
+            raise SystemExit(f"Stopped after step {record.step} of `{name}`; the same command with --resume goes on.")
     assert record is not None, "a run has at least one step"
     return Run(rows, record.params, record.sites)
 

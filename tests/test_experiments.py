@@ -1,12 +1,14 @@
 """The main job, small: what it writes, that what it writes is the grown network, and how it refuses bad arguments."""
 
+import contextlib
+import itertools
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import grow
+from experiments import grow, reporting
 from tinyjax import data
 from tinyjax.models import MLP
 
@@ -31,7 +33,7 @@ def test_it_writes_a_log_of_every_run(finished):
     assert set(results) == {"grown", "random0 + dW*", "fixed", "fixed + dW*"} == {line["run"] for line in lines}
     for name in results:
         steps = [line["step"] for line in lines if line["run"] == name]
-        assert steps[0] == 0 and steps[-1] == 16 and steps == sorted(steps)  # 2 epochs of 1078 // 128 batches
+        assert 8 in steps and steps[-1] == 16 and steps == sorted(steps)  # 2 epochs of 1078 // 128 batches
         assert all(0 <= line[f"{s}_accuracy"] <= 1 for line in lines for s in ("train", "validation", "test"))
 
 
@@ -43,6 +45,7 @@ def test_growths_lead_from_the_start_to_the_final_width(finished):
             {"hidden_1": 5, "hidden_2": 5},
             {"hidden_1": 8, "hidden_2": 8},
         ]
+        assert len(growths) == 2
         for line in growths:
             for site in ("hidden_1", "hidden_2"):
                 assert line["loss_after"][site] <= line["loss_before"][site]
@@ -76,7 +79,7 @@ def test_the_saved_parameters_are_the_grown_network(finished):
     want = MLP(widths=(8, 8), num_classes=10).apply(grown.params, jnp.asarray(test.image))
     np.testing.assert_allclose(logits, want, atol=1e-5)
     accuracy = np.mean(np.argmax(logits, axis=-1) == test.label)
-    np.testing.assert_allclose(accuracy, grown.records[-1]["test_accuracy"], atol=1e-6)
+    np.testing.assert_allclose(accuracy, grown.rows[-1]["test_accuracy"], atol=1e-6)
     assert accuracy > 0.2  # two epochs of a narrow network: better than one in ten
 
 
@@ -88,15 +91,47 @@ def test_it_draws_a_figure(finished):
 
 def test_the_tables_name_every_run_and_the_winner(finished):
     _, results = finished
-    table = grow.result_table(results)
+    table = reporting.result_table(results)
     assert list(table.columns[0].cells) == list(results)
-    test = {name: runs[0].records[-1]["test_accuracy"] for name, runs in results.items()}
-    verdict = grow.verdict(results).splitlines()
+    test = {name: runs[0].rows[-1]["test_accuracy"] for name, runs in results.items()}
+    verdict = reporting.verdict(results).splitlines()
     assert verdict[0] == f"Best on the test split: {max(test, key=test.get)}."
     assert len(verdict) == 4
     difference = 100 * (test["grown"] - test["fixed"])
     assert f"grown - fixed: {difference:+.2f} points" in verdict
-    assert len(grow.growth_table(results["grown"][0].records).rows) == 4  # 2 growths of 2 sites
+    assert len(reporting.growth_table(results["grown"][0].rows).rows) == 4  # 2 growths of 2 sites
+
+
+@contextlib.contextmanager
+def interrupted_after(steps):
+    """Stands for `stop_on_interrupt`: Ctrl-C in the midst of that step."""
+    count = itertools.count(1)
+    yield lambda: next(count) >= 2 * steps - 1  # it is asked twice a step
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
+    out = tmp_path / "results"
+    arguments = [*ARGUMENTS, "--out", str(out)]
+    with monkeypatch.context() as patched:
+        patched.setattr("tinyjax.stop_on_interrupt", lambda: interrupted_after(3))
+        with pytest.raises(SystemExit, match="Stopped after step 3 of `grown`; the same command with --resume"):
+            grow.main(arguments)
+    with pytest.raises(SystemExit, match="holds a run that was stopped: go on with --resume"):
+        grow.main(arguments)
+    with pytest.raises(SystemExit, match="was started with --seed 3: --resume needs the same"):
+        grow.main([*arguments, "--seed", "4", "--resume"])
+    assert not (out / "log.jsonl").exists()
+    grow.main([*arguments, "--resume"])
+    with np.load(out / "final.npz") as resumed, np.load(finished[0] / "final.npz") as unbroken:
+        assert set(resumed) == set(unbroken)
+        for name in resumed:
+            np.testing.assert_array_equal(resumed[name], unbroken[name])
+    lines = [{key: line[key] for key in line if key not in ("seconds", "compiles")} for line in lines_of(out)[1]]
+    expected = lines_of(finished[0])[1]
+    assert lines == [{key: line[key] for key in line if key not in ("seconds", "compiles")} for line in expected]
+    assert not (out / "checkpoints").exists()
+    with pytest.raises(SystemExit, match="there is nothing to resume"):
+        grow.main([*arguments, "--resume"])
 
 
 @pytest.mark.parametrize(
@@ -107,14 +142,33 @@ def test_the_tables_name_every_run_and_the_winner(finished):
         ("--widths wide", "argument --widths: invalid int value: 'wide'"),
         ("--widths 8 1", "--start 2 must be between 1 and the smallest of --widths [8, 1]"),
         ("--start 0", "--start 0 must be between 1"),
-        ("--seeds 0", "--seeds, --epochs and --batch-size must be at least 1"),
-        ("--epochs -1", "--seeds, --epochs and --batch-size must be at least 1"),
-        ("--batch-size 0", "--seeds, --epochs and --batch-size must be at least 1"),
+        ("--seeds 0", "--seeds must be at least 1, got 0"),
+        ("--epochs -1", "--epochs must be at least 1, got -1"),
+        ("--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("--growths 0", "--growths must be at least 1, got 0"),
+        ("--learning-rate -1", "--learning-rate must be positive, got -1.0"),
+        ("--preset cpu", "--preset is of --model resnet18"),
+        ("--model resnet18 --dataset mnist5k --epochs 3", "--epochs is of --model mlp"),
+        ("--model resnet18", "the 8x8 images of digits are too small for --model resnet18"),
+        ("--model vgg", "argument --model: invalid choice: 'vgg'"),
         ("--unknown", "unrecognized arguments: --unknown"),
     ],
 )
-def test_bad_arguments_end_with_a_message(arguments, message, capsys):
+def test_bad_arguments_end_with_a_message(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        grow.main(arguments.split())
+        grow.main([*arguments.split(), "--out", str(tmp_path)])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--growths 5 --epochs 2", "--growths 5 do not fit into the first quarter of training, 4 steps"),
+        ("--batch-size 5000", "--batch-size 5000 is more than the 1078 training samples"),
+    ],
+)
+def test_arguments_that_do_not_go_with_the_data_are_refused(arguments, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        grow.main([*arguments.split(), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
