@@ -39,11 +39,11 @@ def test_best_update_with_a_ridge(ridge):
 
 
 def test_held_out_score_of_every_ridge():
-    """One eigendecomposition gives what a least squares solution for each ridge gives."""
     ridges = np.logspace(-4, 2, 7)
     b, b_test, v, v_test = noisy.b[::2], noisy.b[1::2], noisy.v[::2], noisy.v[1::2]
     a, t = half(record(noisy), 0), half(record(noisy), 1)
-    got = jax.jit(score)(Fold(a.gram, a.cross, jnp.diagonal(a.gram), t.gram, t.cross), ridges)
+    fold = Fold(a.gram, a.cross, jnp.diagonal(a.gram), t.gram, t.cross)
+    got = [jax.jit(score)(fold, jnp.asarray(ridge)) for ridge in ridges]
     want = [oracles.held_out_score(b, v, b_test, v_test, ridge) for ridge in ridges]
     np.testing.assert_allclose(got, want, atol=1e-9)
 

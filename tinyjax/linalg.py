@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
@@ -98,6 +99,14 @@ def solve(
     return root.unwhiten(root.whiten(rhs))
 
 
+def cholesky_solve(
+    matrix: Float[Array, "d d"], rhs: Float[Array, "d q"], ridge: float | int | Float[Array, ""]
+) -> Float[Array, "d q"]:
+    """(C + ridge I)^-1 X for a matrix on the correlation scale; the ridge is at least the dtype's rounding error."""
+    lower = _cholesky(matrix, ridge)
+    return solve_triangular(lower, solve_triangular(lower, rhs, lower=True), lower=True, trans=1)
+
+
 def _eigen_factor(matrix: Float[Array, "d d"]) -> Factor:
     scaled, inverse_scale = correlation(matrix)
     values, vectors = jnp.linalg.eigh(scaled)
@@ -123,11 +132,16 @@ def _eigen_factor(matrix: Float[Array, "d d"]) -> Factor:
     )
 
 
-def _cholesky_factor(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""]) -> Factor:
-    scaled, inverse_scale = correlation(matrix)
+def _cholesky(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""]) -> Float[Array, "d d"]:
+    """The lower Cholesky factor of C + ridge I, with a ridge of at least the rounding error of the dtype."""
     size = len(matrix)
     ridge = jnp.maximum(jnp.asarray(ridge, matrix.dtype), size * jnp.finfo(matrix.dtype).eps)
-    lower = jnp.linalg.cholesky(scaled + ridge * jnp.eye(size, dtype=matrix.dtype))
+    return lax.linalg.cholesky(matrix + ridge * jnp.eye(size, dtype=matrix.dtype), symmetrize_input=False)
+
+
+def _cholesky_factor(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""]) -> Factor:
+    scaled, inverse_scale = correlation(matrix)
+    lower = _cholesky(scaled, ridge)
     return Factor(
         whiten=lambda x: solve_triangular(lower, x * inverse_scale, lower=True),
         unwhiten=lambda u: solve_triangular(lower, u, lower=True, trans=1) * inverse_scale,

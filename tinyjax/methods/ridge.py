@@ -1,8 +1,9 @@
 """Ridges chosen on held-out samples: fit on one half, score on the other, both ways.
 
 A fit with ridge r moves the pre-activations by X = (S + r diag S)^-1 N; on the other half it lowers the bottleneck by
-2 <N2, X> - <X, S2 X>. In the eigenbasis of the first half's correlation matrix this is a quadratic form in the filter
-factors 1 / (eigenvalue + r), so one `eigh` a half gives the score of every ridge at once.
+2 <N2, X> - <X, S2 X>. The best ridge is found by climbing from r = 1 uphill over half decades: with few outputs a
+ridge costs one Cholesky factor, so the four or five that a climb visits are cheaper than an `eigh`, which would give
+all of them.
 """
 
 import dataclasses
@@ -13,14 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import correlation, matmul, solve
+from tinyjax.linalg import cholesky_solve, correlation, inner, matmul, solve
 from tinyjax.methods.update import residual_cross
 from tinyjax.statistics import Moments, Statistics, half
 
-# Half decades, in descending order so that a tie is won by the larger ridge. Above 10^4 no direction changes any more.
-_EXPONENTS = [e / 2 for e in range(8, -17, -1)]
-_CORE = slice(_EXPONENTS.index(2.0), _EXPONENTS.index(-4.0) + 1)
-_UNDECIDED = 1.0  # the middle of the best ridges measured, for statistics with an empty half
+_EXPONENTS = [e / 2 for e in range(-16, 9)]  # half decades; above 10^4 no direction changes any more
+_START = _EXPONENTS.index(0.0)  # the middle of the best ridges measured
+_UNDECIDED = 1.0  # for statistics with an empty half
 
 
 class Fold(NamedTuple):
@@ -44,8 +44,8 @@ class Fold(NamedTuple):
 def held_out_update(statistics: Statistics) -> Array:
     """The ridge of `best_update` whose update generalises best from one half of the samples to the other.
 
-    The grid is 10^2 .. 10^-4 in half decades; while its edge wins it is extended, to at most 10^4 and 10^-8. With an
-    empty half nothing can be compared and the ridge is 1. A ridge chosen before by `with_ridges` is kept.
+    From 1 uphill in half decades to the nearest maximum, between 10^-8 and 10^4. With an empty half nothing can be
+    compared and the ridge is 1. A ridge chosen before by `with_ridges` is kept.
     """
     if statistics.ridge_update is not None:
         return statistics.ridge_update
@@ -59,8 +59,8 @@ def held_out_update(statistics: Statistics) -> Array:
 def held_out(statistics: Statistics) -> Array:
     """The ridge of `tiny` whose neurons generalise best from one half of the samples to the other.
 
-    Both halves are projected by the update fitted on the first, at its own ridge `held_out_update`. Grid as there. A
-    ridge chosen before by `with_ridges` is kept.
+    Both halves are projected by the update fitted on the first, at its own ridge `held_out_update`. Climbs as there.
+    A ridge chosen before by `with_ridges` is kept.
     """
     if statistics.ridge is not None:
         return statistics.ridge
@@ -85,7 +85,7 @@ def with_ridges(statistics: Statistics) -> Statistics:
 
 
 def choose(statistics: Statistics, fold: Callable[[Moments, Moments], Fold]) -> Array:
-    """The ridge with the largest sum of held-out scores over both ways.
+    """The ridge with the largest sum of held-out scores over both ways, uphill from 1.
 
     Args:
         statistics: both halves.
@@ -99,29 +99,40 @@ def choose(statistics: Statistics, fold: Callable[[Moments, Moments], Fold]) -> 
     def decide() -> Array:
         halves = [half(statistics, i) for i in (0, 1)]
         fitted, other = (jax.tree.map(lambda *x: jnp.stack(x), *pair) for pair in (halves, halves[::-1]))
-        scores = jax.lax.map(lambda both: score(fold(*both), grid), (fitted, other))
-        return grid[_climb(scores[0] + scores[1])]
+        folds = jax.lax.map(lambda both: fold(*both), (fitted, other))
+        return grid[_climb(lambda index: jnp.sum(jax.lax.map(lambda one: score(one, grid[index]), folds)), len(grid))]
 
-    # A branch, not a `where`: the two eigendecompositions are most of a growth's work on a wide layer.
+    # A branch, not a `where`: factoring is most of a growth's work on a wide layer.
     return jax.lax.cond(jnp.all(statistics.count > 0), decide, lambda: jnp.asarray(_UNDECIDED, grid.dtype))
 
 
-def score(fold: Fold, ridges: Array) -> Array:
-    """2 <N2, X> - <X, S2 X> with X = (S1 + r diag)^-1 N1, for every ridge r: (R,)."""
+def score(fold: Fold, ridge: Array) -> Array:
+    """2 <N2, X> - <X, S2 X> with X = (S1 + ridge diag)^-1 N1, ()."""
     scaled, inverse_scale = correlation(fold.gram, fold.diagonal)
-    values, vectors = jnp.linalg.eigh(scaled)
-    basis = vectors * inverse_scale
-    cross, cross_test = matmul(basis.T, fold.cross), matmul(basis.T, fold.cross_test)
-    linear = jnp.sum(cross * cross_test, axis=1)
-    quadratic = matmul(matmul(basis.T, fold.gram_test), basis) * matmul(cross, cross.T)
-    filters = 1 / (jnp.maximum(values, 0) + ridges[:, None])  # (R, D)
-    return 2 * matmul(filters, linear) - jnp.sum(matmul(filters, quadratic) * filters, axis=1)
+    x = inverse_scale * cholesky_solve(scaled, inverse_scale * fold.cross, ridge)
+    return 2 * inner(fold.cross_test, x) - inner(x, matmul(fold.gram_test, x))
 
 
-def _climb(scores: Array) -> Array:
-    """Index of the best score of the core grid; from an edge of it, on uphill."""
-    core = _CORE.start + jnp.argmax(scores[_CORE])
-    # How far the scores go on rising from each edge of the core.
-    lower, upper = scores[: _CORE.start + 1][::-1], scores[_CORE.stop - 1 :]
-    down, up = (jnp.sum(jnp.cumprod(side[1:] > side[:-1])) for side in (lower, upper))
-    return core + jnp.where(core == _CORE.stop - 1, up, jnp.where(core == _CORE.start, -down, 0))
+class _Step(NamedTuple):
+    index: Array  # the best so far
+    score: Array  # there
+    direction: Array  # in which to look next: 1 or -1
+    turned: Array  # whether there is no other direction left
+
+
+def _climb(score_at: Callable[[Array], Array], size: int) -> Array:
+    """The index of the nearest local maximum uphill from `_START`; a tie is won by the larger index."""
+
+    def step(state: _Step) -> _Step:
+        index = state.index + state.direction
+        found = score_at(index)
+        better = (found > state.score) | ((found == state.score) & (state.direction > 0))
+        moved = state._replace(index=index, score=found, turned=jnp.array(True))
+        turned = state._replace(direction=-state.direction * ~state.turned, turned=jnp.array(True))
+        state = jax.tree.map(lambda a, b: jnp.where(better, a, b), moved, turned)
+        at_end = (state.index + state.direction < 0) | (state.index + state.direction >= size)
+        return state._replace(direction=jnp.where(at_end, 0, state.direction))
+
+    start = jnp.asarray(_START)
+    state = _Step(start, score_at(start), jnp.asarray(1), jnp.asarray(False))
+    return jax.lax.while_loop(lambda state: state.direction != 0, step, state).index
