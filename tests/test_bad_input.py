@@ -20,6 +20,7 @@ import tinyjax
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
 CAPACITY, WIDTH = 6, 4
+LONGEST = 200  # of a message on the page
 
 
 class Good(NamedTuple):
@@ -241,6 +242,7 @@ def page(given: Good) -> str:
         lines += ["", f"## {door}", "", "| what was passed | error | message |", "|---|---|---|"]
         for case in cases:
             text = " ".join(message(case, given).split()).replace("|", "\\|")
+            text = text if len(text) <= LONGEST else text[:LONGEST].rpartition(" ")[0] + " ..."
             lines.append(f"| {case.passed} | `{case.error.__name__}` | {text} |")
     return "\n".join(lines) + "\n"
 
