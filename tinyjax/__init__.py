@@ -24,7 +24,9 @@ from tinyjax.methods import Neurons as Neurons
 from tinyjax.methods import best_update as best_update
 from tinyjax.methods import bottleneck as bottleneck
 from tinyjax.methods import completed as completed
+from tinyjax.methods import energy as energy
 from tinyjax.methods import fisher_tiny as fisher_tiny
+from tinyjax.methods import fraction as fraction
 from tinyjax.methods import gradmax as gradmax
 from tinyjax.methods import gradmax_dual as gradmax_dual
 from tinyjax.methods import held_out as held_out
@@ -36,6 +38,8 @@ from tinyjax.methods import north_weight as north_weight
 from tinyjax.methods import predicted_gain as predicted_gain
 from tinyjax.methods import random as random
 from tinyjax.methods import random0 as random0
+from tinyjax.methods import rank_trigger as rank_trigger
+from tinyjax.methods import significant as significant
 from tinyjax.methods import tiny as tiny
 from tinyjax.methods import tiny0 as tiny0
 from tinyjax.methods import tiny_conv_als as tiny_conv_als

@@ -21,7 +21,7 @@ from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import Discovery, discover
 from tinyjax.slots import require_growable
 from tinyjax.statistics import Statistics, keep_half, merge
-from tinyjax.sums import site_sums
+from tinyjax.sums import null_signs, site_sums
 from tinyjax.trace import Trace, batch_size, has_samples, trace
 from tinyjax.uses import Use
 from tinyjax.window import num_offsets
@@ -51,6 +51,7 @@ def estimate(
     *,
     has_aux: bool = ...,
     energy_matrix: bool = ...,
+    null_draws: int = ...,
     chunk: int | None = ...,
 ) -> Statistics: ...
 @overload
@@ -62,6 +63,7 @@ def estimate(
     *,
     has_aux: bool = ...,
     energy_matrix: bool = ...,
+    null_draws: int = ...,
     chunk: int | None = ...,
 ) -> dict[str, Statistics]: ...
 def estimate(
@@ -72,6 +74,7 @@ def estimate(
     *,
     has_aux: bool = False,
     energy_matrix: bool = False,
+    null_draws: int = 0,
     chunk: int | None = None,
 ) -> Statistics | dict[str, Statistics]:
     """The sums of `Statistics` at the current parameters.
@@ -84,6 +87,8 @@ def estimate(
         sites: growable sites of this model, from `find_sites`.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
         energy_matrix: also sum v v' (as wide as the consumer; `fisher_tiny` needs it).
+        null_draws: R, also sum with random signs R times (`significant` needs 19). The sign of a sample follows from
+            its position among all samples alone. Costs about R times N and P.
         chunk: samples a pass, even; default `DEFAULT_CHUNK`, or the whole batch where the loss couples its samples.
 
     Returns:
@@ -91,7 +96,7 @@ def estimate(
 
     Raises:
         ValueError: for a site that cannot grow or is not found in this model, a bad batch, a loss that is not a scalar,
-            an odd `chunk`, or a `chunk` for a loss that couples the samples.
+            an odd `chunk`, a `chunk` for a loss that couples the samples, or null draws for a site too wide for them.
 
     Example:
         >>> statistics = estimate(loss_fn, params, batch, sites["Dense_0"])
@@ -99,10 +104,11 @@ def estimate(
     """
     batches = batch if isinstance(batch, Iterator) else iter((batch,))
     total: dict[str, Statistics] = {}
+    options: dict[str, Any] = dict(has_aux=has_aux, energy_matrix=energy_matrix, null_draws=null_draws, chunk=chunk)
+    first = 0
     for one in batches:
-        found = estimate_batch(
-            loss_fn, params, one, sites, has_aux=has_aux, energy_matrix=energy_matrix, chunk=chunk
-        ).statistics
+        found = estimate_batch(loss_fn, params, one, sites, first=first, **options).statistics
+        first += batch_size(one)
         if total and any(s.link is None for s in found.values()):
             raise ValueError("a site is too wide for statistics of several batches to be merged: pass one batch")
         total = {name: merge(total[name], s) if total else s for name, s in found.items()}
@@ -119,9 +125,13 @@ def estimate_batch(
     *,
     has_aux: bool = False,
     energy_matrix: bool = False,
+    null_draws: int = 0,
     chunk: int | None = None,
+    first: Array | int = 0,
 ) -> Estimate:
-    """`estimate` for one batch, with the loss; always by name."""
+    """`estimate` for one batch, with the loss; always by name. `first` is the index of its first sample."""
+    if null_draws < 0:
+        raise ValueError(f"`null_draws` must be >= 0, got {null_draws}")
     sites = as_sites(sites)
     for site in sites:
         require_growable(site)
@@ -129,18 +139,18 @@ def estimate_batch(
     if chunk is not None and (chunk < 2 or chunk % 2):
         raise ValueError(f"`chunk` must be an even number of samples, got {chunk}")
     size = min(chunk or DEFAULT_CHUNK, num_samples)
-    step = _Step(loss_fn, sites, has_aux, energy_matrix)
+    step = _Step(loss_fn, sites, has_aux, energy_matrix, null_draws)
     if size < num_samples:
         traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
         discovery = discover(traced)
         coupled = coupling(discovery.graph, discovery.axes)
         why = f"this loss couples the samples of a batch ({coupled})" if coupled else _too_wide(discovery, sites)
         if not why:
-            return _scan(step, traced, discovery, params, batch, num_samples, size)
+            return _scan(step, traced, discovery, params, batch, num_samples, size, first)
         if chunk is not None:
             raise ValueError(f"{why}: leave `chunk` out")
     traced = trace(loss_fn, params, batch, has_aux=has_aux)
-    return step(traced, discover(traced), params, batch)
+    return step(traced, discover(traced), params, batch, first)
 
 
 def _too_wide(discovery: Discovery, sites: Sites) -> str:
@@ -163,8 +173,9 @@ class _Step(NamedTuple):
     sites: Sites
     has_aux: bool
     energy_matrix: bool
+    null_draws: int
 
-    def __call__(self, traced: Trace, discovery: Discovery, params: Params, batch: Any) -> Estimate:
+    def __call__(self, traced: Trace, discovery: Discovery, params: Params, batch: Any, first: Array | int) -> Estimate:
         paths = {site.name: _paths(discovery, site) for site in self.sites}
         every = [path for found in paths.values() for path in found]
         producers = [path.producer for path in every]
@@ -176,15 +187,24 @@ class _Step(NamedTuple):
             _distinct(consumers),
             {weight.address: weight.operand for path in every for weight in path.weights},
         )
+        num_samples = traced.num_samples
+        signs = null_signs(self.null_draws, first, num_samples) if self.null_draws else None
         sums = {
-            site.name: site_sums(params, site, paths[site.name], captured, traced.num_samples, self.energy_matrix)
+            site.name: site_sums(params, site, paths[site.name], captured, num_samples, self.energy_matrix, signs)
             for site in self.sites
         }
         return Estimate(captured.loss, sums)
 
 
 def _scan(
-    step: _Step, traced: Trace, discovery: Discovery, params: Params, batch: Any, num_samples: int, size: int
+    step: _Step,
+    traced: Trace,
+    discovery: Discovery,
+    params: Params,
+    batch: Any,
+    num_samples: int,
+    size: int,
+    first: Array | int,
 ) -> Estimate:
     """Chunks of equal size in a scan, the remainder on its own."""
     chunks = num_samples // size
@@ -192,18 +212,19 @@ def _scan(
     leaves, structure = jax.tree.flatten(stacked)
     sliced = [has_samples(leaf) for leaf in jax.tree.leaves(batch)]
 
-    def body(total: Estimate, xs: list[Array]) -> tuple[Estimate, None]:
-        moving = iter(xs)
+    def body(total: Estimate, xs: tuple[Array, list[Array]]) -> tuple[Estimate, None]:
+        start, moving = xs[0], iter(xs[1])
         one = jax.tree.unflatten(structure, [next(moving) if s else leaf for s, leaf in zip(sliced, leaves)])
-        found = step(traced, discovery, params, one)
+        found = step(traced, discovery, params, one, start)
         return Estimate(
             total.loss + found.loss * (size / num_samples), _merge_all(total.statistics, found.statistics)
         ), None
 
-    first = [leaf[0] if s else leaf for s, leaf in zip(sliced, leaves)]
-    shapes = jax.eval_shape(lambda xs: step(traced, discovery, params, jax.tree.unflatten(structure, xs)), first)
+    one = [leaf[0] if s else leaf for s, leaf in zip(sliced, leaves)]
+    shapes = jax.eval_shape(lambda xs: step(traced, discovery, params, jax.tree.unflatten(structure, xs), first), one)
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(body, zero, [leaf for s, leaf in zip(sliced, leaves) if s])
+    starts = first + size * jnp.arange(chunks)
+    total, _ = jax.lax.scan(body, zero, (starts, [leaf for s, leaf in zip(sliced, leaves) if s]))
     left = num_samples - chunks * size
     if not left:
         return total
@@ -211,7 +232,7 @@ def _scan(
     if left == 1:  # an axis of one sample has no identity: repeat the sample, and count the copy's half as empty
         rest = _map_samples(lambda x: jnp.concatenate([x, x]), rest)
     rest_traced = trace(step.loss_fn, params, rest, has_aux=step.has_aux)
-    last = step(rest_traced, discover(rest_traced), params, rest)
+    last = step(rest_traced, discover(rest_traced), params, rest, first + chunks * size)
     if left == 1:
         last = last._replace(statistics={name: keep_half(s, 0) for name, s in last.statistics.items()})
     return Estimate(total.loss + last.loss * (left / num_samples), _merge_all(total.statistics, last.statistics))

@@ -89,7 +89,7 @@ def grow_site(
 ) -> tuple[Params, dict[str, Array]]:
     """Update, neurons and filler at one site."""
     start, free = params, jnp.sum(free_slots(params, site))
-    over_layers = _over(site)
+    over_layers = map_layers(site)
     layer_keys = None if key is None else _split_over(site, jax.random.fold_in(key, 0))
 
     neurons, delta, report, slopes = over_layers(partial(_fit, recipe, num_neurons))(statistics, layer_keys)
@@ -234,7 +234,7 @@ def skip_site(
     site: Site, params: Params, statistics: Statistics, loss_before: Array, wanted: Array
 ) -> tuple[Params, dict[str, Array]]:
     """What a site reports that was not asked to grow."""
-    energy = _over(site)(lambda s: moments(s).energy)(statistics)
+    energy = map_layers(site)(lambda s: moments(s).energy)(statistics)
     zero = jnp.zeros((), statistics.energy.dtype)
     none = jnp.zeros((), jnp.int32)
     row = dict(
@@ -260,7 +260,7 @@ def _call(method: Method, num_neurons: int, statistics: Statistics, key: Array |
     return method(statistics, num_neurons=num_neurons, key=key)
 
 
-def _over(site: Site) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def map_layers(site: Site) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Maps a function of one layer over the layers of a stack."""
 
     def lift(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ arrays that compiles once, runs inside `jit` and `scan` next to training steps, 
 rise.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,10 +16,10 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from tinyjax.estimate import estimate_batch, take_samples
-from tinyjax.growing import Amplitude, Parts, Recipe, Update, grow_site, skip_site
+from tinyjax.growing import Amplitude, Parts, Recipe, Update, grow_site, map_layers, skip_site
 from tinyjax.info import GrowthInfo, check
 from tinyjax.layout import Params
-from tinyjax.methods import Method, best_update, held_out_update, is_function_preserving, random0, tiny0
+from tinyjax.methods import HowMany, Method, best_update, held_out_update, is_function_preserving, random0, tiny0
 from tinyjax.optimizer import reset_grown
 from tinyjax.scaling import fixed, line_search, searches, trusted_search
 from tinyjax.site import Site, Sites, as_sites
@@ -46,6 +47,8 @@ def make_grow_step(
     has_aux: bool = False,
     refresh: bool = False,
     energy_matrix: bool = False,
+    how_many: HowMany | None = None,
+    null_draws: int = 0,
 ) -> Callable[..., Any]:
     """A pure function that grows a network by one round.
 
@@ -69,6 +72,9 @@ def make_grow_step(
         has_aux: whether `loss_fn` returns `(loss, aux)`.
         refresh: estimate again before each site instead of once a round.
         energy_matrix: give the method sum v v', see `estimate`.
+        how_many: from statistics to the largest number of neurons to add, 0 to skip the site; for a stack of layers the
+            most that one of them asks for. None for no limit.
+        null_draws: give `how_many` sign-flipped sums, see `estimate`.
 
     Returns:
         `params, info = grow_step(params, batch, key=None, neurons=None)`, or with an optimizer
@@ -93,7 +99,19 @@ def make_grow_step(
     recipe = Recipe(loss_fn, has_aux, method, update, amplitude, update_amplitude, fill)
 
     def statistics_of(params: Params, batch: Any) -> dict[str, Statistics]:
-        return estimate_batch(loss_fn, params, batch, sites, has_aux=has_aux, energy_matrix=energy_matrix).statistics
+        found = estimate_batch(
+            loss_fn, params, batch, sites, has_aux=has_aux, energy_matrix=energy_matrix, null_draws=null_draws
+        )
+        return found.statistics
+
+    def limited(site: Site, statistics: Statistics, wanted: Array) -> Array:
+        if how_many is None:
+            return wanted
+        rule = map_layers(site)(how_many)
+        most = jax.lax.cond(
+            wanted > 0, lambda s: jnp.max(rule(s)).astype(jnp.int32), lambda s: jnp.zeros((), jnp.int32), statistics
+        )
+        return jnp.minimum(wanted, most)
 
     def grow(
         params: Params, batch: Any, opt_state: Any, key: Array | None, neurons: Mapping[str, Array]
@@ -107,9 +125,10 @@ def make_grow_step(
                 found = statistics_of(params, parts.estimation)
             site_key = None if key is None else jax.random.fold_in(key, index)
             one = partial(grow_site, recipe, site, counts[site.name], parts, key=site_key)
-            wanted = neurons[site.name]
+            wanted = limited(site, found[site.name], neurons[site.name])
+            statistics = dataclasses.replace(found[site.name], null=None)
             params, rows[site.name] = jax.lax.cond(
-                wanted > 0, one, partial(skip_site, site), params, found[site.name], current, wanted
+                wanted > 0, one, partial(skip_site, site), params, statistics, current, wanted
             )
             current = rows[site.name]["loss_after"]
         info = GrowthInfo(**{field: {name: row[field] for name, row in rows.items()} for field in GrowthInfo._fields})

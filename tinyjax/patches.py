@@ -16,6 +16,7 @@ from jaxtyping import Array
 from tinyjax.linalg import matmul, solve
 from tinyjax.methods.tiny_conv_als import ConvProblem
 from tinyjax.pair import Pair, Sizes, Way, choose, producer_image
+from tinyjax.statistics import Null
 from tinyjax.window import Window, convolve, num_offsets, out_shape, patches, pool_mean
 
 LINK_LIMIT = 2**24  # entries of one half of `link`: 64 MiB in float32
@@ -32,6 +33,7 @@ class Sums(NamedTuple):
     energy: Array
     energy_matrix: Array | None
     cross_asked: Array | None = None
+    null: Null | None = None
 
 
 def conv_sums(
@@ -49,6 +51,7 @@ def conv_sums(
     link_limit: int = LINK_LIMIT,
     project: Callable[[Array, Array], Array] = solve,
     way: Callable[[Pair, Sizes, int | None], Way] = choose,
+    signs: Array | None = None,
 ) -> Sums:
     r"""The sums of `Statistics` for a producer convolution and its consumer, with any number of spatial axes.
 
@@ -82,12 +85,14 @@ def conv_sums(
         project: (G (H, H), M (H, M)) -> update (H, M) that is taken out of `v` where `link` is not formed; default
             the best update, eq. 41. A caller with more samples than these must pass the update of all of them.
         way: `by_patches`, `by_lags`, or the choice between them by shape.
+        signs: (R, n) of each sample in each null draw; None for no null sums.
 
     Returns:
         `Sums`, in the widest dtype of the arguments and at least float32.
 
     Raises:
-        ValueError: shapes that do not follow from the windows, no samples, a `chunk` below 1.
+        ValueError: shapes that do not follow from the windows, no samples, a `chunk` below 1, null draws where `link`
+            is not formed.
 
     Example:
         >>> sums = conv_sums(x, h, v, window, window, bias_prev=True, bias=True)
@@ -124,6 +129,8 @@ def conv_sums(
     if linked:
         (consumed, energy), produced = _by_half(both, (x, h, v), chosen.chunk)
         gram, cross = jax.vmap(chosen.consumer_done)(consumed)
+    elif signs is not None:
+        raise ValueError("this site is too wide for null draws: its `link` would not fit")
     else:
         consumed, energy = _by_half(consumer_part, (x, h, v), chosen.chunk)
         gram, cross = jax.vmap(chosen.consumer_done)(consumed)
@@ -133,6 +140,19 @@ def conv_sums(
         cross_asked = cross_asked.reshape(2, inputs, -1)
     gram_prev, cross_prev, link = jax.vmap(chosen.producer_done)(produced)
     identity = jnp.eye(offsets, dtype=dtype)
+
+    def drawn(sign: Array) -> Null:
+        """Twice the sums of the samples with sign 1, less the sums of all."""
+        kept = (sign > 0).astype(dtype)
+        only = (a * kept.reshape(-1, *[1] * (a.ndim - 1)) for a in (x, h, v))
+        (consumed, _), produced = _by_half(both, tuple(only), chosen.chunk, kept)
+        found_gram, found_cross = jax.vmap(chosen.consumer_done)(consumed)
+        _, found_prev, found_link = jax.vmap(chosen.producer_done)(produced)
+        found = Null(found_prev, found_gram, found_cross, found_link)
+        flipped = jax.tree.map(lambda a, b: 2 * a - b, found, Null(cross_prev, gram, cross, link))
+        return flipped._replace(cross_prev=flipped.cross_prev.reshape(2, inputs, -1))
+
+    null = None if signs is None else jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(drawn, signs))
     return Sums(
         gram_prev=min(offsets, inputs) * gram_prev,
         cross_prev=cross_prev.reshape(2, inputs, -1),
@@ -142,6 +162,7 @@ def conv_sums(
         energy=jnp.trace(energy, axis1=1, axis2=2) if energy_matrix else energy,
         energy_matrix=jax.vmap(jnp.kron, (0, None))(energy, identity) if energy_matrix else None,
         cross_asked=cross_asked,
+        null=null,
     )
 
 
@@ -226,11 +247,11 @@ def _residual(h: Array, v: Array, live: Array, delta: Array, pair: Pair) -> Arra
     return (v - move) * live.reshape(-1, *[1] * (v.ndim - 1))
 
 
-def _by_half(function: Callable, arrays: tuple[Array, ...], chunk: int):
+def _by_half(function: Callable, arrays: tuple[Array, ...], chunk: int, kept: Array | None = None):
     """The sums of `function(*arrays, live)` over chunks of the even samples, and of the odd: axis 0 of every leaf.
 
     Halves pass one after the other, so that chunks are as long as they can be. The last chunk is filled with zeros;
-    `live` (chunk,) is 1 for samples and 0 for what fills.
+    `live` (chunk,) is 1 for samples (those of `kept` (n,) if given) and 0 for what fills.
     """
     num_samples = len(arrays[0])
     pairs = -(-num_samples // 2)
@@ -249,7 +270,7 @@ def _by_half(function: Callable, arrays: tuple[Array, ...], chunk: int):
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(lambda sums, xs: (jax.tree.map(jnp.add, sums, function(*xs)), None), zeros, half)[0]
 
-    cuts = [cut(x) for x in (*arrays, jnp.ones(num_samples, arrays[0].dtype))]
+    cuts = [cut(x) for x in (*arrays, jnp.ones(num_samples, arrays[0].dtype) if kept is None else kept)]
     return jax.lax.map(total, jnp.arange(2))
 
 

@@ -15,7 +15,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-_SUMS = ("count", "gram_prev", "cross_prev", "gram", "cross", "link", "energy", "energy_matrix", "cross_asked")
+_SUMS = ("count", "gram_prev", "cross_prev", "gram", "cross", "link", "energy", "energy_matrix", "cross_asked", "null")
+
+
+class Null(NamedTuple):
+    """Sums with a random sign for each sample, R times: what the moments look like when nothing is asked for.
+
+    Axis 0 is (even samples, odd samples), axis 1 the draw.
+
+    Attributes:
+        cross_prev: (2, R, D, Q) sum of sign b_prev v'.
+        gram: (2, R, H, H) sum of sign b b'.
+        cross: (2, R, H, M) sum of sign b v'.
+        link: (2, R, O, D, H) sum of sign b_prev b'.
+    """
+
+    cross_prev: Array
+    gram: Array
+    cross: Array
+    link: Array
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +64,7 @@ class Statistics:
         ridge: () the ridge of neurons chosen on held-out samples, by `with_ridges`; None: not yet chosen.
         ridge_update: () the same for the best update.
         cross_asked: (2, D, Q) N~ where `link` is None, else None.
+        null: sign-flipped sums, or None when they were not asked for.
     """
 
     count: Array
@@ -64,6 +83,7 @@ class Statistics:
     ridge: Array | None = None
     ridge_update: Array | None = None
     cross_asked: Array | None = None
+    null: Null | None = None
 
 
 class Moments(NamedTuple):
@@ -77,6 +97,7 @@ class Moments(NamedTuple):
     energy: Array
     energy_matrix: Array | None
     cross_asked: Array | None = None
+    null: Null | None = None
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:

@@ -13,21 +13,35 @@ from tinyjax.layout import Layout, Params
 from tinyjax.patches import Sums, conv_sums
 from tinyjax.site import Site
 from tinyjax.slots import consumers_have_bias, matrices, width
-from tinyjax.statistics import Statistics
+from tinyjax.statistics import Null, Statistics
 from tinyjax.uses import Use
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
+def null_signs(draws: int, first: Array | int, num_samples: int) -> Array:
+    """Random signs (R, n), each from the sample's absolute index alone, so that no cut of a batch changes them."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), first + jnp.arange(num_samples))
+    return jax.vmap(lambda key: jax.random.rademacher(key, (draws,), jnp.float32))(keys).T
+
+
 def site_sums(
-    params: Params, site: Site, paths: Sequence[Path], captured: Captured, num_samples: int, energy_matrix: bool
+    params: Params,
+    site: Site,
+    paths: Sequence[Path],
+    captured: Captured,
+    num_samples: int,
+    energy_matrix: bool,
+    signs: Array | None = None,
 ) -> Statistics:
     """The record of one site from what its paths captured; a leaf used twice adds its rows.
+
+    With `signs` (R, n) also its null sums.
 
     Raises:
         ValueError: for a kernel used more than once at a site too wide for its `link` to be kept.
     """
-    parts = [_path_sums(site, path, captured, num_samples, energy_matrix) for path in paths]
+    parts = [_path_sums(site, path, captured, num_samples, energy_matrix, signs) for path in paths]
     if len(parts) > 1 and any(part.link is None for part in parts):
         raise ValueError(f"site `{site.name}` is too wide for a kernel that is used {len(parts)} times")
     total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
@@ -44,7 +58,9 @@ def site_sums(
     )
 
 
-def _path_sums(site: Site, path: Path, captured: Captured, num_samples: int, energy_matrix: bool) -> Sums:
+def _path_sums(
+    site: Site, path: Path, captured: Captured, num_samples: int, energy_matrix: bool, signs: Array | None
+) -> Sums:
     """The sums of one path: rows with rows, or images through their windows."""
     x = _matrix(path.producer.inputs, captured.inputs[path.producer.op.path])
     first = path.consumers[0]
@@ -56,7 +72,15 @@ def _path_sums(site: Site, path: Path, captured: Captured, num_samples: int, ene
         columns = [weight.column(captured.inputs[weight.address]).astype(x.dtype) for weight in path.weights]
         weight = functools.reduce(jnp.multiply, columns) if columns else None
         return row_sums(
-            x, h, v, num_samples, bias_prev=bias_prev, bias=bias, weight=weight, energy_matrix=energy_matrix
+            x,
+            h,
+            v,
+            num_samples,
+            bias_prev=bias_prev,
+            bias=bias,
+            weight=weight,
+            energy_matrix=energy_matrix,
+            signs=signs,
         )
     geometry = path.geometry
     return conv_sums(
@@ -69,6 +93,7 @@ def _path_sums(site: Site, path: Path, captured: Captured, num_samples: int, ene
         bias_prev=bias_prev,
         bias=bias,
         energy_matrix=energy_matrix,
+        signs=signs,
     )
 
 
@@ -82,6 +107,7 @@ def row_sums(
     bias: bool,
     weight: Array | None = None,
     energy_matrix: bool,
+    signs: Array | None = None,
 ) -> Sums:
     """The sums of a pair of matrix products: x `(*stack, rows, D)`, h `(*stack, rows, H)`, v `(*stack, rows, Q)`.
 
@@ -89,6 +115,7 @@ def row_sums(
     """
     b_prev, b = _with_constant(x, bias_prev), _with_constant(h, bias)
     b_prev = b_prev if weight is None else weight * b_prev
+    null = None if signs is None else _null_sums(b_prev, b, _halves(v, num_samples), signs)
     b_prev, b, v = (_halves(array, num_samples) for array in (b_prev, b, v))
     return Sums(
         gram_prev=_gram(b_prev, b_prev),
@@ -98,7 +125,25 @@ def row_sums(
         link=_gram(b_prev, b)[..., None, :, :],
         energy=jnp.sum(v**2, axis=(-2, -1)),
         energy_matrix=_gram(v, v) if energy_matrix else None,
+        null=null,
     )
+
+
+def _null_sums(b_prev: Array, b: Array, v: Array, signs: Array) -> Null:
+    """Sums of rows with the signs (R, n) of their samples, one draw after the other; `v` comes in halves."""
+    num_samples, depth = signs.shape[1], b.ndim - 2
+
+    def draw(sign: Array) -> Null:
+        rows = jnp.repeat(sign, b.shape[-2] // num_samples)[:, None].astype(b.dtype)
+        flipped_prev, flipped, plain = (_halves(x, num_samples) for x in (rows * b_prev, rows * b, b))
+        return Null(
+            cross_prev=_gram(flipped_prev, v),
+            gram=_gram(flipped, plain),
+            cross=_gram(flipped, v),
+            link=_gram(flipped_prev, plain)[..., None, :, :],
+        )
+
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, depth + 1), jax.lax.map(draw, signs))
 
 
 def _in_order(path: Path, site: Site) -> list[Use]:

@@ -17,6 +17,11 @@ from tinyjax.methods.gains import update_gain as update_gain
 from tinyjax.methods.gradmax import gradmax as gradmax
 from tinyjax.methods.gradmax import redundancy as redundancy
 from tinyjax.methods.gradmax_dual import gradmax_dual as gradmax_dual
+from tinyjax.methods.how_many import HowMany as HowMany
+from tinyjax.methods.how_many import energy as energy
+from tinyjax.methods.how_many import fraction as fraction
+from tinyjax.methods.how_many import rank_trigger as rank_trigger
+from tinyjax.methods.how_many import significant as significant
 from tinyjax.methods.net2net import net2net as net2net
 from tinyjax.methods.north import north as north
 from tinyjax.methods.north_weight import north_weight as north_weight
