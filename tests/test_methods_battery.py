@@ -16,6 +16,7 @@ METHODS = {
     "tiny0": methods.tiny0,
     "tiny_unprojected": methods.tiny_unprojected,
     "tiny_joint": methods.tiny_joint,
+    "tiny_linear": methods.tiny_linear,
     "fisher_tiny": methods.fisher_tiny,
     "gradmax": methods.gradmax,
     "gradmax_dual": methods.gradmax_dual,
@@ -89,7 +90,7 @@ def test_no_neurons_is_refused(name):
         METHODS[name](record(samples, energy_matrix=True), num_neurons=0, key=jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "tiny_joint"])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("tiny_joint", "tiny_linear")])
 def test_convolutional_sites(name):
     site = conv_record(make_conv_site())
     matrix = jnp.broadcast_to(jnp.eye(9) * site.energy[0] / 9, (2, 9, 9))

@@ -44,6 +44,7 @@ from tinyjax.methods import tiny as tiny
 from tinyjax.methods import tiny0 as tiny0
 from tinyjax.methods import tiny_conv_als as tiny_conv_als
 from tinyjax.methods import tiny_joint as tiny_joint
+from tinyjax.methods import tiny_linear as tiny_linear
 from tinyjax.methods import tiny_unprojected as tiny_unprojected
 from tinyjax.methods import traits as traits
 from tinyjax.optimizer import everything as everything

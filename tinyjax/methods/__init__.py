@@ -44,6 +44,7 @@ from tinyjax.methods.tiny_conv_als import conv_gains as conv_gains
 from tinyjax.methods.tiny_conv_als import tiny_conv_als as tiny_conv_als
 from tinyjax.methods.tiny_joint import held_out_joint as held_out_joint
 from tinyjax.methods.tiny_joint import tiny_joint as tiny_joint
+from tinyjax.methods.tiny_linear import tiny_linear as tiny_linear
 from tinyjax.methods.tiny_unprojected import held_out_unprojected as held_out_unprojected
 from tinyjax.methods.tiny_unprojected import tiny_unprojected as tiny_unprojected
 from tinyjax.methods.update import best_update as best_update

@@ -49,7 +49,7 @@ def best(
     return Neurons(inputs.unwhiten(u * share), omega, values)
 
 
-def beyond(cross: Array, gram: Array, weights: Array) -> Array:
+def beyond(cross: Array, gram: Array | None, weights: Array) -> Array:
     """What is left of N when existing fan-ins may move: N - S W (W' S W)^+ W' N.
 
     S^(-1/2) N loses its projection on the span of S^(1/2) W. Where nothing but a matrix product lies behind W this is
@@ -57,11 +57,11 @@ def beyond(cross: Array, gram: Array, weights: Array) -> Array:
 
     Args:
         cross: (D, Q) N.
-        gram: (D, D) S.
+        gram: (D, D) S; None for the identity.
         weights: (D, C) W, empty slots as zero columns.
 
     Returns:
         (D, Q).
     """
-    seen = matmul(gram, weights)
+    seen = weights if gram is None else matmul(gram, weights)
     return cross - matmul(seen, solve(matmul(weights.T, seen), matmul(weights.T, cross)))

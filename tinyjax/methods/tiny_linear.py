@@ -1,0 +1,56 @@
+"""TINY where nothing but matrix products lies between producer and consumer: adapters, factorised layers.
+
+Such a dimension computes x W O, and its weights can move the output by U O + W U' for any U and U'. What is left to new
+neurons is outside of both: of S^(-1/2) N~, the part beyond the span of S^(1/2) W on the left and of O' on the right.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.linalg import factor
+from tinyjax.methods.base import Neurons, only_live, traits
+from tinyjax.methods.best import best, beyond
+from tinyjax.methods.ridge import held_out
+from tinyjax.methods.tiny import ridge_of_update
+from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
+from tinyjax.statistics import Statistics, moments
+
+
+@traits(function_preserving=False, stochastic=False)
+def tiny_linear(
+    statistics: Statistics,
+    *,
+    num_neurons: int,
+    ridge: Ridge = held_out,
+    update_ridge: Ridge | None = None,
+    key: Array | None = None,
+) -> Neurons:
+    """The neurons of a linear hidden dimension that do what no move of its producer and its consumer can do.
+
+    At ridge 0 they are the exact optimum over old producer, old consumer and new neurons together, and they descend
+    without any update: the loss falls by sum lambda_k^2 to first order, and psi by as much. At full width, or once the
+    dimension spans all inputs or all outputs, nothing is left and they are zero. On a dimension with an activation they
+    are merely `tiny` kept off the outputs that existing neurons write to.
+
+    Args:
+        statistics: sums at the current parameters, with a dense consumer.
+        num_neurons: k, static; neurons beyond the rank are zero.
+        ridge: as for `tiny`.
+        update_ridge: as for `tiny`.
+        key: not used, here for the signature of a method.
+
+    Raises:
+        ValueError: as `tiny`, or the consumer is a convolution.
+
+    Example:
+        >>> grow_step = make_grow_step(loss_fn, adapters, method=tiny_linear, update=None, num_neurons=2)
+    """
+    mean = moments(statistics)
+    outputs = mean.cross.shape[1]
+    if mean.cross_prev.shape[1] != outputs:
+        raise ValueError("`tiny_linear` needs a dense consumer: a convolution reads every neuron at several offsets")
+    fan_out = statistics.weight[: statistics.weight.shape[0] - statistics.bias]
+    cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
+    cross = beyond(cross.T, None, fan_out.T).T
+    root = factor(mean.gram_prev, resolve(ridge, statistics))
+    return only_live(mean, best(root, cross, num_neurons=num_neurons, floor=jnp.sqrt(mean.energy)))
