@@ -12,7 +12,7 @@ LEVELS = [
     ["site", "trace", "methods", "correlations"],
     ["rules", "wiring", "slots", "scaling", "schedule", "costs", "shifts"],
     ["axes", "surgery", "pair"],
-    ["uses", "separable", "optimizer", "patches"],
+    ["uses", "separable", "averaging", "optimizer", "patches"],
     ["capture", "flow", "geometry"],
     ["norms", "dimensions", "rowweights"],
     ["judging"],

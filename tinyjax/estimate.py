@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.averaging import require_mean
 from tinyjax.capture import capture
 from tinyjax.judging import Path
 from tinyjax.layout import Params
@@ -96,7 +97,8 @@ def estimate(
 
     Raises:
         ValueError: for a site that cannot grow or is not found in this model, a bad batch, a loss that is not a scalar,
-            an odd `chunk`, a `chunk` for a loss that couples the samples, or null draws for a site too wide for them.
+            an odd `chunk`, a `chunk` for a loss that couples the samples or sums over them, or null draws for a site too
+            wide for them.
 
     Example:
         >>> statistics = estimate(loss_fn, params, batch, sites["Dense_0"])
@@ -146,6 +148,7 @@ def estimate_batch(
         coupled = coupling(discovery.graph, discovery.axes)
         why = f"this loss couples the samples of a batch ({coupled})" if coupled else _too_wide(discovery, sites)
         if not why:
+            require_mean(loss_fn, params, batch, take_samples(batch, 0, size), has_aux=has_aux)
             return _scan(step, traced, discovery, params, batch, num_samples, size, first)
         if chunk is not None:
             raise ValueError(f"{why}: leave `chunk` out")

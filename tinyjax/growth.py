@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array
 
+from tinyjax.averaging import require_mean
 from tinyjax.estimate import estimate_batch, take_samples
 from tinyjax.growing import Amplitude, Parts, Recipe, Update, grow_site, map_layers, skip_site
 from tinyjax.info import GrowthInfo, check
@@ -84,7 +85,7 @@ def make_grow_step(
 
     Raises:
         ValueError: a site that cannot grow, `num_neurons` below 1 or beyond the capacity, a line search with a method
-            that keeps the function, a `fill` that does not.
+            that keeps the function, a `fill` that does not; when called, a loss that sums over the samples.
 
     Example:
         >>> grow_step = tinyjax.make_grow_step(loss_fn, sites.growable, num_neurons=8)
@@ -116,7 +117,9 @@ def make_grow_step(
     def grow(
         params: Params, batch: Any, opt_state: Any, key: Array | None, neurons: Mapping[str, Array]
     ) -> tuple[Any, ...]:
-        parts = _with_paths(split_batch(batch), loss_fn, params, sites, has_aux)
+        parts = split_batch(batch)
+        require_mean(loss_fn, params, parts.estimation, parts.search, has_aux=has_aux)
+        parts = _with_paths(parts, loss_fn, params, sites, has_aux)
         found = statistics_of(params, parts.estimation)
         current = recipe.loss(params, parts.whole)
         rows = {}

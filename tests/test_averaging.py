@@ -1,0 +1,87 @@
+"""Losses that sum over their samples are told from means; the answer is compared with losses of repeated batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+from test_separable import BATCH, COUPLED, SEPARABLE, N, over_time, sq, z
+
+import tinyjax
+from tinyjax.averaging import require_mean
+from tinyjax.estimate import take_samples
+
+PARAMS = zoo.two_layers()
+ONES = np.ones(3) / 3
+
+SUMS = {
+    "sum": lambda p, b: sq(p, b).sum(),
+    "sum_of_means": lambda p, b: sq(p, b).mean((1, 2)).sum(),
+    "mean_over_time_only": lambda p, b: sq(p, b).sum() / 9,
+    "over_a_fixed_batch_size": lambda p, b: sq(p, b).mean((1, 2)).sum() / N,
+    "one_of_two_terms": lambda p, b: sq(p, b).mean() + 0.1 * jnp.sum(z(p, b) ** 2),
+    "labels": lambda p, b: optax.softmax_cross_entropy_with_integer_labels(z(p, b)[:, 0], b["y"]).sum(),
+    "matmul": lambda p, b: jnp.ones(len(b["x"])) @ sq(p, b).mean((1, 2)),
+    "einsum": lambda p, b: jnp.einsum("nij,j->", sq(p, b), ONES),
+    "scan": lambda p, b: over_time(p, b, lambda c, loss: c + loss * len(b["x"]), 0.0),
+    "with_penalty": lambda p, b: sq(p, b).sum() + 1e-2 * jnp.sum(p["w"] ** 2),
+    "vmapped": lambda p, b: jax.vmap(lambda x, t: jnp.mean((zoo.dense2(p, x) - t) ** 2))(b["x"], b["t"]).sum(),
+    "batch_norm": lambda p, b: jnp.sum((z(p, b) - z(p, b).mean(0)) ** 2),
+    "size_in_a_constant": lambda p, b: jnp.sum(sq(p, b) * np.float64(0.25)),
+    "scaled_first": lambda p, b: (sq(p, b) / 3).sum(0).mean(),
+}
+MEANS = SEPARABLE | {
+    "l2_sum": lambda p, b: optax.l2_loss(z(p, b), b["t"]).sum(-1).mean() + jnp.sum(p["w"] ** 2),
+    "scaled_first": lambda p, b: (sq(p, b) / sq(p, b).size).sum(),
+    "times_one_over": lambda p, b: sq(p, b).sum() * (1 / sq(p, b).size),
+    "average": lambda p, b: jnp.average(sq(p, b)),
+    "batch_norm": lambda p, b: jnp.mean((z(p, b) - z(p, b).mean(0)) ** 2 / (z(p, b).var(0) + 1e-5)),
+    "masked_mean": lambda p, b: (sq(p, b).mean(-1) * b["m"]).sum() / b["m"].sum(),
+}
+
+
+def check(loss_fn, batch=BATCH):
+    require_mean(loss_fn, PARAMS, batch, take_samples(batch, 0, N // 2))
+
+
+def growth(loss_fn):
+    """How much of the loss's data term repeating every sample adds, in shares of it."""
+    twice = {k: jnp.repeat(v, 2, 0) if v.ndim else v for k, v in BATCH.items()}
+    difference = jax.jit(loss_fn)(PARAMS, twice) - jax.jit(loss_fn)(PARAMS, BATCH)
+    return abs(difference / jax.jit(loss_fn)(PARAMS, BATCH))
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_are_refused(name):
+    assert growth(SUMS[name]) > 0.1
+    with pytest.raises(ValueError, match="the loss sums over the samples of its batch.*Take the mean"):
+        check(SUMS[name])
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_means_pass(name):
+    if "noise" not in name and name != "labels_arange":
+        assert growth(MEANS[name]) < 1e-12
+    check(MEANS[name])
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_what_couples_samples_passes(name):
+    check(COUPLED[name][0])
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.MODELS if name != "flat_rows"])  # one batch size is all it takes
+def test_zoo(name):
+    model = zoo.MODELS[name]()
+    few = take_samples(model.batch, 0, 2)
+    require_mean(model.loss_fn, model.params, model.batch, few, has_aux=model.has_aux)
+
+
+def test_growths_and_chunks_refuse_a_sum():
+    sites = tinyjax.find_sites(SUMS["sum"], PARAMS, BATCH)
+    site = next(iter(sites.growable))
+    with pytest.raises(ValueError, match="the loss sums over the samples"):
+        tinyjax.make_grow_step(SUMS["sum"], site, num_neurons=1)(PARAMS, BATCH)
+    with pytest.raises(ValueError, match="the loss sums over the samples"):
+        tinyjax.estimate(SUMS["sum"], PARAMS, BATCH, site, chunk=4)
