@@ -157,8 +157,16 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Run]]:
     CONSOLE.print(result_table(results))
     CONSOLE.print(verdict(results), highlight=False)
     write_results({name: value for name, value in vars(config).items() if name != "resume"}, results)
-    shutil.rmtree(saved)
+    _remove(saved)
     return results
+
+
+def _remove(saved: Path) -> None:
+    """Takes the checkpoints away in one go: a part of them must never be taken for a run that was stopped."""
+    finished = saved.with_name("finished")
+    if finished.is_dir():  # of a process that was killed right here
+        shutil.rmtree(finished)
+    shutil.rmtree(saved.rename(finished))
 
 
 if __name__ == "__main__":

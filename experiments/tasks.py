@@ -1,5 +1,6 @@
 """What the runs of `experiments.grow` have in common: a task, its runs, and what is written down of each."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -112,7 +113,9 @@ def follow(
     Raises:
         SystemExit: it was stopped.
     """
-    saved = tinyjax.restore(folder, task.optimizer, trainable=task.trainable) if folder.is_dir() else None
+    saved = None
+    with contextlib.suppress(FileNotFoundError):  # a run that was killed before its first checkpoint was complete
+        saved = tinyjax.restore(folder, task.optimizer, trainable=task.trainable)
     rows: list[Row] = [] if saved is None else list(saved.extra)
     if saved is not None:
         tick(saved.step, {})

@@ -1,8 +1,12 @@
 """Checkpoints: a run goes on bit for bit, nothing but the right one is read, and reading runs no code."""
 
+import contextlib
 import json
 import os
+import resource
+import shutil
 import signal
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -200,6 +204,62 @@ def test_damage_is_named_or_harmless(whole, tmp_path):
     assert tinyjax.restore(tmp_path, make_optimizer(), step=1).step == 1
 
 
+def test_a_damaged_step_is_not_taken_for_the_one_that_is_saved(whole, tmp_path):
+    """A run that went on from an older checkpoint reaches the damaged one: it says what to do, and removing it does."""
+    saved_at(tmp_path, whole[0])
+    saved_at(tmp_path, whole[1])
+    (tmp_path / "2" / "record" / "metadata").write_text("{}")
+    with pytest.raises(ValueError, match=r"2 is damaged .*; remove it, or pass `step=1`, to go on from there"):
+        saved_at(tmp_path, whole[1])
+    shutil.rmtree(tmp_path / "2")
+    saved_at(tmp_path, whole[1])
+    assert tinyjax.restore(tmp_path, make_optimizer()).step == 2
+
+
+@contextlib.contextmanager
+def full_disk(limit):
+    """No file can grow beyond the limit: writes fail as they do when no space is left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [100, 20_000], ids=["record", "arrays"])
+def test_a_full_disk_costs_no_checkpoint(tmp_path, limit):
+    """The older ones stay, and the next save that fits takes away what the failed one left."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 100_000), np.uint8)  # no codec makes it smaller
+    runs = [tinyjax.Checkpoint(i, {"big": jnp.asarray(x)}, None, tinyjax.Sites([])) for i, x in enumerate(noise)]
+    tinyjax.save(tmp_path, runs[0])
+    with (
+        full_disk(limit),
+        pytest.raises(OSError, match=r"could not save .*/1: .* before it are as they were"),
+    ):
+        tinyjax.save(tmp_path, runs[1])
+    assert tinyjax.restore(tmp_path).step == 0
+    tinyjax.save(tmp_path, runs[2])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "2"]
+    np.testing.assert_array_equal(tinyjax.restore(tmp_path).params["big"], noise[2])
+
+
+def test_a_link_in_the_place_of_a_checkpoint_is_not_followed(whole, tmp_path):
+    """Neither when it is the oldest and its turn to be removed has come, nor when it is read."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("mine")
+    run = saved_at(tmp_path / "run", whole[1])
+    (run / "1").symlink_to(elsewhere)
+    saved_at(run, whole[2])
+    with pytest.raises(OSError, match="symbolic link"):
+        saved_at(run, whole[3])
+    with pytest.raises(ValueError, match="run/1 is damaged"):
+        tinyjax.restore(run, make_optimizer(), step=1)
+    assert tinyjax.restore(run, make_optimizer()).step == 4
+    assert [p.name for p in elsewhere.iterdir()] == ["precious"]
+
+
 def test_a_newer_format_is_refused(whole, tmp_path):
     saved_at(tmp_path, whole[0])
     path = tmp_path / "1" / "record" / "metadata"
@@ -326,6 +386,27 @@ def test_an_export_is_read_by_numpy_alone(whole, tmp_path):
     batch = make_batches(1)[0]
     np.testing.assert_allclose(loss_fn(small, batch), loss_fn(last.params, batch), rtol=1e-12)
     assert [p.name for p in path.parent.iterdir()] == ["net.npz"]
+
+
+READER = """
+import json, sys
+sys.modules.update(dict.fromkeys(["tinyjax", "jax", "flax", "optax", "orbax"]))
+import numpy as np
+with np.load(sys.argv[1], allow_pickle=False) as file:
+    print(json.loads(str(file["__tinyjax__"]))["widths"])
+    hidden = np.tanh(np.ones((2, 5)) @ file["w"] + file["b"])
+    print(repr(float((hidden @ file["u"] + file["c"]).sum())))
+"""
+
+
+def test_an_export_is_read_in_a_process_that_has_only_numpy(whole, tmp_path):
+    last = whole[-1]
+    tinyjax.export(tmp_path / "net.npz", last.params, last.sites)
+    command = [sys.executable, "-I", "-c", READER, str(tmp_path / "net.npz")]
+    widths, total = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    hidden = jnp.tanh(jnp.ones((2, 5)) @ last.params["w"] + last.params["b"])
+    assert widths == "{'w': 10}"
+    np.testing.assert_allclose(float(total), (hidden @ last.params["u"] + last.params["c"]).sum(), rtol=1e-12)
 
 
 def test_an_export_holds_what_numpy_has_no_type_for(tmp_path):

@@ -225,6 +225,24 @@ def test_cifar_archive_without_a_member_is_refused(tmp_path):
         cifar_module.read_members(archive, {"absent.bin", "cifar-10-batches-bin/test_batch.bin"})
 
 
+@pytest.mark.parametrize("target", ["/etc/hostname", "../../outside", "x", "y"])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_in_an_archive_are_not_followed(kind, target, tmp_path):
+    """Out of the archive, to themselves or to another member: they are no members."""
+    archive = tmp_path / "archive.tar"
+    with tarfile.open(archive, "w") as tar:
+        content = tarfile.TarInfo("y")
+        content.size = 3
+        tar.addfile(content, io.BytesIO(b"abc"))
+        link = tarfile.TarInfo("x")
+        link.type, link.linkname = kind, target
+        tar.addfile(link)
+    with pytest.raises(OSError, match="holds no x"):
+        cifar_module.read_members(archive, {"x", "y"})
+    assert cifar_module.read_members(archive, {"y"}) == {"y": b"abc"}
+    assert os.listdir(tmp_path) == ["archive.tar"]
+
+
 # --- batches ---
 
 

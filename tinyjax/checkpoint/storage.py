@@ -34,19 +34,29 @@ def steps(directory: str | os.PathLike) -> list[int]:
 def write(
     directory: str | os.PathLike, step: int, record: dict[str, Any], arrays: Sequence[np.ndarray], keep: int
 ) -> None:
-    """Stores a checkpoint; in a run of several processes all of them call this, and the first one writes."""
+    """Stores a checkpoint; in a run of several processes all of them call this, and the first one writes.
+
+    Raises:
+        OSError: it could not be written; the checkpoints that were there still are.
+    """
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    # What a killed or failed save left behind goes first: it may be what fills the disk.
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
     # Orbax stores no empty array: one byte closes the buffer.
     flat = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays if array.size]
     buffer = np.concatenate([*flat, np.zeros(1, np.uint8)])
     sealed = {"format": FORMAT, "digest": _digest(record), "record": record}
-    with ocp.CheckpointManager(Path(directory).absolute(), options=options) as manager:
-        manager.save(
-            step,
-            args=ocp.args.Composite(record=ocp.args.JsonSave(sealed), arrays=ocp.args.PyTreeSave({"bytes": buffer})),
-        )
+    content = ocp.args.Composite(record=ocp.args.JsonSave(sealed), arrays=ocp.args.PyTreeSave({"bytes": buffer}))
+    try:
+        with ocp.CheckpointManager(Path(directory).absolute(), options=options) as manager:
+            manager.save(step, args=content)
+    except (OSError, ValueError) as error:  # TensorStore says with a ValueError that a disk is full
+        raise OSError(
+            f"could not save {_folder(directory, step)}: {error}; the checkpoints before it are as they were"
+        ) from error
 
 
 def read_record(directory: str | os.PathLike, step: int) -> dict[str, Any]:
@@ -105,7 +115,7 @@ def _says_where(directory: str | os.PathLike, step: int) -> Iterator[None]:
         raise ValueError(str(error)) from None
     except _UNREADABLE as error:
         others = [str(other) for other in steps(directory) if other != step]
-        cure = f"pass `step={others[-1]}` to go on from there" if others else "there is no other one"
+        cure = f"remove it, or pass `step={others[-1]}`, to go on from there" if others else "there is no other one"
         raise ValueError(f"the checkpoint {_folder(directory, step)} is damaged ({error}); {cure}") from error
 
 

@@ -79,13 +79,14 @@ def fetch(dl_manager: Any, url: str, expected: Any) -> Any:
 
 
 def read_members(archive: Any, names: set[str]) -> dict[str, bytes]:
-    """Contents of the named members of a tar archive.
+    """Contents of the named members of a tar archive; links and devices are no members.
 
     Raises:
         OSError: a member is missing.
     """
     with tarfile.open(archive) as tar:
-        members = {m.name: file.read() for m in tar if m.name in names and (file := tar.extractfile(m)) is not None}
+        found = ((member.name, tar.extractfile(member)) for member in tar if member.isreg() and member.name in names)
+        members = {name: file.read() for name, file in found if file is not None}
     if missing := sorted(names - set(members)):
         raise OSError(f"{archive} holds no {', '.join(missing)}")
     return members
