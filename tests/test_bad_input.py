@@ -91,8 +91,8 @@ def fit(g: Good, **options: Any) -> Any:
     return next(tinyjax.fit(**(given | options)))
 
 
-def status(g: Good, value: tinyjax.Status) -> tinyjax.GrowthInfo:
-    return g.info._replace(status={"w": jnp.asarray(int(value))})
+def status(g: Good, value: tinyjax.Status, **fields: int) -> tinyjax.GrowthInfo:
+    return g.info._replace(**{name: {"w": jnp.asarray(v)} for name, v in (fields | {"status": int(value)}).items()})
 
 
 refused = lambda g: tinyjax.find_sites(sigmoid_loss, g.params, g.batch)["w"]  # noqa: E731
@@ -153,7 +153,11 @@ CASES = {
              "Use the sites that `resize` returned"),
     ],
     "`check`": [
-        Case("a growth that met NaN or infinity", lambda g: tinyjax.check(status(g, tinyjax.Status.NON_FINITE)), "not finite, nothing was changed"),
+        Case("a growth that met NaN or infinity", lambda g: tinyjax.check(status(g, tinyjax.Status.NON_FINITE)), "the loss is not finite"),
+        Case("sums of squares beyond the dtype", lambda g: tinyjax.check(status(g, tinyjax.Status.NON_FINITE, finite_loss=1)),
+             "the statistics are not finite"),
+        Case("weights beyond the dtype", lambda g: tinyjax.check(status(g, tinyjax.Status.NON_FINITE, finite_loss=1, finite_statistics=1)),
+             "the new parameters would not be finite"),
         Case("a growth without free slots", lambda g: tinyjax.check(status(g, tinyjax.Status.NO_FREE_SLOT)), "Make room with `resize`"),
         Case("a growth beyond the rank, without `fill`", lambda g: tinyjax.check(status(g, tinyjax.Status.BEYOND_RANK)), "Give a `fill`"),
     ],

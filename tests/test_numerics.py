@@ -1,4 +1,4 @@
-"""Numerical safety: whatever the data, methods give finite neurons in float32, and growths change nothing they must not.
+"""Numerical safety: whatever the data, methods give finite neurons in float32, and growths keep their promises.
 
 Records of one site with every pathology go through every method; a few through a whole growth.
 """
@@ -150,19 +150,57 @@ def test_nothing_is_changed_where_anything_is_not_finite(what):
     new, new_state, info = grower()(params, batch, state)
     chex.assert_trees_all_equal((new, new_state), (params, state))
     assert info.status["w"] == tinyjax.Status.NON_FINITE and not info.born["w"].any()
+    assert not info.finite_loss["w"]
     with pytest.raises(ValueError, match="not finite, nothing was changed"):
         tinyjax.check(info)
 
 
-@pytest.mark.parametrize("inputs", [0.0, 1e-30, 1e-12, 1e12])
-def test_growths_in_any_unit_leave_finite_parameters(inputs):
+@pytest.mark.parametrize("weights", [1.0, None], ids=["as they are", "in the unit of the inputs"])
+@pytest.mark.parametrize("inputs", [0.0, 1e-30, 1e-20, 1e-12, 1e12, 1e20, 1e30])
+def test_growths_in_any_unit_grow_or_say_why(inputs, weights):
+    """The loss does not rise, everything stays finite, and what overflows or vanishes is named."""
     params, batch, _ = case()
     batch = batch | {"x": batch["x"] * inputs}
+    params = params | {"w": params["w"] * (1 if weights or not inputs else 1 / inputs)}
     before = loss_fn(params, batch)
     new, state, info = grower()(params, batch, OPTIMIZER.init(params))
     chex.assert_tree_all_finite((new, state))
-    after = loss_fn(new, batch)
-    assert after <= before or info.status["w"] == tinyjax.Status.NON_FINITE
+    status, square = info.status["w"], inputs**2
+    if status == tinyjax.Status.NON_FINITE:
+        assert not np.isfinite(before) or square > 3e38 / len(batch["x"])
+        assert bool(info.finite_loss["w"]) == bool(np.isfinite(before))
+        chex.assert_trees_all_equal(new, params)
+    else:
+        assert loss_fn(new, batch) <= before
+        if square > 1e-38:  # smaller ones are flushed to zero
+            assert status == tinyjax.Status.GROWN and int(info.width["w"]) == 6
+        else:  # a neuron that reads the constant of the bias is left
+            assert status == tinyjax.Status.DEAD_INPUTS and int(info.width["w"]) == 5
+
+
+def test_a_layer_that_nothing_enters_says_so():
+    """The ReLUs before it are all off: the status names it, nothing is written, and a living layer before cures it."""
+
+    def deep(params, batch):
+        hidden = jax.nn.relu(jax.nn.relu(batch["x"] @ params["w"] + params["b"]) @ params["v"])
+        return jnp.mean((hidden @ params["u"] - batch["t"]) ** 2)
+
+    rng = np.random.default_rng(0)
+    shapes = {"w": (5, 8), "b": (8,), "v": (8, 8), "u": (8, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    _, batch, _ = case()
+    sites = tinyjax.find_sites(deep, params, batch)
+    alive = tinyjax.thin(params, sites, 4)
+    dead = alive | {"b": jnp.where(jnp.arange(8) < 4, -1e3, 0.0).astype(jnp.float32)}
+    grow = jax.jit(tinyjax.make_grow_step(deep, sites, num_neurons=2))
+    new, info = grow(dead, batch)
+    tinyjax.check(info)
+    assert {name: int(s) for name, s in info.status.items()} == {
+        "w": tinyjax.Status.GROWN, "v": tinyjax.Status.DEAD_INPUTS
+    }  # fmt: skip
+    np.testing.assert_array_equal(new["u"], dead["u"])
+    new, info = grow(new, batch)  # what was born in the layer before lives
+    assert info.status["v"] == tinyjax.Status.GROWN and int(info.width["v"]) == 6
 
 
 def test_a_dead_relu_layer_grows():

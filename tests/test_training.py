@@ -324,7 +324,7 @@ def test_misuse(thin, change, message):
 def test_nan_in_a_growth_stops_the_run(thin):
     batches = make_batches(2)
     batches[1]["x"] = batches[1]["x"].at[0, 0].set(jnp.nan)
-    with pytest.raises(ValueError, match=r"site `w`: the loss or the statistics are not finite"):
+    with pytest.raises(ValueError, match=r"site `w`: the loss is not finite"):
         fit(thin, batches, tinyjax.every(1, 1, final=8), **CHEAP)
 
 

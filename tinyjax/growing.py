@@ -121,10 +121,14 @@ def grow_site(
         born = born | more
     total = jnp.sum(born, dtype=jnp.int32)
 
-    finite = jnp.isfinite(loss_before) & _finite(statistics) & _finite(params)
+    finites = dict(
+        finite_loss=jnp.isfinite(loss_before), finite_statistics=_finite(statistics), finite_update=_finite(params)
+    )
+    finite = jnp.all(jnp.array(list(finites.values())))
     status = _first_true(
         (~finite, Status.NON_FINITE),
         (wanted > free, Status.NO_FREE_SLOT),
+        ((total < wanted) & ~_has_inputs(statistics), Status.DEAD_INPUTS),
         ((total < wanted) & kept & (found.amplitude != 0) & (recipe.fill is None), Status.BEYOND_RANK),
         (total < wanted, Status.REJECTED),
     )
@@ -141,6 +145,7 @@ def grow_site(
         width=width(params, site),
         loss_before=loss_before,
         loss_after=jnp.where(finite, loss_after, loss_before),
+        **finites,
         status=status,
     )
     return params, row
@@ -251,6 +256,7 @@ def skip_site(
         width=width(params, site),
         loss_before=loss_before,
         loss_after=loss_before,
+        **dict.fromkeys(("finite_loss", "finite_statistics", "finite_update"), jnp.ones((), bool)),
         status=jnp.full((), Status.SKIPPED, jnp.int32),
     )
     return params, row
@@ -289,6 +295,12 @@ def _select(keep: Array, new: Params, old: Params) -> Params:
 def _finite(tree: Any) -> Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _has_inputs(statistics: Statistics) -> Array:
+    """Whether anything enters the site besides the constant of its bias."""
+    energy = jnp.diagonal(statistics.gram_prev, axis1=-2, axis2=-1)
+    return jnp.any((energy[..., :-1] if statistics.bias_prev else energy) > 0)
 
 
 def _first_true(*cases: tuple[Array, Status]) -> Array:

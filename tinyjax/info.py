@@ -9,8 +9,11 @@ from jaxtyping import Array
 class Status(enum.IntEnum):
     """What became of a growth.
 
-    `REJECTED` also stands for slots that even the filler could not use: neurons that would read nothing but inputs that
-    never vary (a dead layer before).
+    `GROWN`: all neurons asked for were written. `SKIPPED`: none were asked for. `NO_FREE_SLOT`, `BEYOND_RANK`,
+    `NON_FINITE`: see `check`. `REJECTED`: some of them would have raised the loss. `DEAD_INPUTS`: slots
+    stayed empty because every input of the site is zero on this batch (a dead layer before it, or squares that
+    underflow): there is nothing to read but the constant of a bias. Nothing is lost, schedules ask again. The cure is
+    upstream: grow the layer before it, which the same schedule does, or give its dead units another bias.
     """
 
     GROWN = 0
@@ -19,6 +22,7 @@ class Status(enum.IntEnum):
     BEYOND_RANK = 3
     REJECTED = 4
     NON_FINITE = 5
+    DEAD_INPUTS = 6
 
 
 class GrowthInfo(NamedTuple):
@@ -41,6 +45,9 @@ class GrowthInfo(NamedTuple):
         width: used slots afterwards, int32.
         loss_before: before this site's growth.
         loss_after: after it.
+        finite_loss: whether the loss before is finite, (); if one of these three is False, nothing was changed.
+        finite_statistics: whether all sums are.
+        finite_update: whether all parameters would have been.
         status: a `Status`, int32.
     """
 
@@ -57,23 +64,24 @@ class GrowthInfo(NamedTuple):
     width: dict[str, Array]
     loss_before: dict[str, Array]
     loss_after: dict[str, Array]
+    finite_loss: dict[str, Array]
+    finite_statistics: dict[str, Array]
+    finite_update: dict[str, Array]
     status: dict[str, Array]
 
 
 def check(info: GrowthInfo) -> None:
     """Turns what went wrong inside a jitted growth into an error; call it on the host.
 
-    A growth that was skipped, or rejected because the loss would have risen, is not an error.
+    A growth that was skipped, that was rejected because the loss would have risen, or that had nothing to read, is not
+    an error.
 
     Raises:
         ValueError: naming the site and the cure.
     """
     for name, status in info.status.items():
         if status == Status.NON_FINITE:
-            raise ValueError(
-                f"site `{name}`: the loss or the statistics are not finite, nothing was changed. Look for NaN or "
-                "Inf in the batch and in the parameters."
-            )
+            raise ValueError(f"site `{name}`: {_not_finite(info, name)}")
         if status == Status.NO_FREE_SLOT:
             raise ValueError(
                 f"site `{name}` has fewer free slots than neurons asked for: width {int(info.width[name])} of "
@@ -84,3 +92,21 @@ def check(info: GrowthInfo) -> None:
                 f"site `{name}`: the method found {int(info.written[name])} neurons, fewer than asked for. Give a "
                 "`fill` for the other slots, or ask for fewer."
             )
+
+
+def _not_finite(info: GrowthInfo, name: str) -> str:
+    if not info.finite_loss[name]:
+        return (
+            "the loss is not finite, nothing was changed. Look for NaN or Inf in the batch and in the parameters, and "
+            "for a learning rate that is too large."
+        )
+    if not info.finite_statistics[name]:
+        return (
+            "the statistics are not finite, nothing was changed. Look for NaN or Inf in the parameters; if there are "
+            "none, squares of the activations or of the gradients leave the range of their dtype: scale the inputs or "
+            "the loss, or compute in float64."
+        )
+    return (
+        "the new parameters would not be finite, nothing was changed. Give the method a larger `ridge`, or scale the "
+        "inputs."
+    )
