@@ -433,6 +433,15 @@ def test_a_failed_export_leaves_the_old_file(whole, tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.fixture
+def interrupts():
+    """Python's own answer to Ctrl-C, which a process in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_the_first_interrupt_waits_and_the_second_does_not():
     before = signal.getsignal(signal.SIGINT)
     done = []

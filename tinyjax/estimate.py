@@ -97,8 +97,8 @@ def estimate(
 
     Raises:
         ValueError: for a site that cannot grow or is not found in this model, a bad batch, a loss that is not a scalar,
-            an odd `chunk`, a `chunk` for a loss that couples the samples or sums over them, or null draws for a site too
-            wide for them.
+            an odd `chunk`, a `chunk` for a loss that couples the samples or sums over them, or null draws for a site
+            too wide for them.
 
     Example:
         >>> statistics = estimate(loss_fn, params, batch, sites["Dense_0"])
