@@ -17,7 +17,7 @@ LEVELS = [
     ["norms", "dimensions", "rowweights"],
     ["judging"],
     ["sites", "sums"],
-    ["estimate", "births"],
+    ["estimate", "births", "moves"],
     ["growing", "diagnosis"],
     ["growth"],
     ["checkpoint", "ranking"],

@@ -5,6 +5,7 @@ give, and how much of that new neurons would give on samples they were not compu
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,8 @@ import numpy as np
 
 from tinyjax.estimate import estimate_batch
 from tinyjax.layout import Params
-from tinyjax.methods import best_update, bottleneck, held_out, held_out_gain, held_out_update, tiny
+from tinyjax.methods import Squares, best_update, bottleneck, held_out, held_out_gain, held_out_update, tiny
+from tinyjax.moves import bounded_squares
 from tinyjax.site import Site, Sites
 from tinyjax.sites import find_sites
 from tinyjax.statistics import Statistics
@@ -28,7 +30,7 @@ class Finding(NamedTuple):
         psi: the bottleneck: what the best update of the consumer leaves of it (proposition 3.1, exact).
         share: psi / asked, between 0 and 1.
         gain: what new neurons take away from psi on held-out samples, as a share of `asked`; negative when the batch
-            is too small to say.
+            is too small to say. In front of a convolution, at the amplitude that is best on the other half.
     """
 
     site: Site
@@ -107,9 +109,10 @@ def diagnose(
     @jax.jit
     def measure(params: Params, batch: Any) -> tuple[jax.Array, dict[str, Any]]:
         found = estimate_batch(loss_fn, params, batch, growable, has_aux=has_aux)
+        squares = bounded_squares(loss_fn, params, batch, growable, has_aux=has_aux)
         summaries = {}
         for site in growable:
-            summary = lambda statistics: _summary(statistics, num_neurons)  # noqa: E731
+            summary = partial(_summary, num_neurons, squares.get(site.name))
             for _ in site.stack:
                 summary = jax.vmap(summary)
             summaries[site.name] = summary(found.statistics[site.name])
@@ -127,7 +130,7 @@ def diagnose(
     return Diagnosis(findings, refused, float(loss))
 
 
-def _summary(statistics: Statistics, num_neurons: int) -> tuple[jax.Array, ...]:
+def _summary(num_neurons: int, squares: Squares | None, statistics: Statistics) -> tuple[jax.Array, ...]:
     ridge, update_ridge = held_out(statistics), held_out_update(statistics)
 
     def fit(half: Statistics) -> tuple[Any, jax.Array]:
@@ -135,4 +138,4 @@ def _summary(statistics: Statistics, num_neurons: int) -> tuple[jax.Array, ...]:
         return tiny(half, num_neurons=num_neurons, ridge=ridge, update_ridge=update_ridge), delta
 
     exact = bottleneck(statistics)
-    return statistics.width, exact.before, exact.after, held_out_gain(statistics, fit)
+    return statistics.width, exact.before, exact.after, held_out_gain(statistics, fit, squares)

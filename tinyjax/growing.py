@@ -18,9 +18,11 @@ from tinyjax.judging import Path
 from tinyjax.layout import Params
 from tinyjax.linalg import inner, matmul
 from tinyjax.methods import (
+    Effect,
     Method,
     Neurons,
-    predicted_gain,
+    Squares,
+    effect,
     refit_fan_out,
     update_gain,
     with_ridges,
@@ -28,7 +30,7 @@ from tinyjax.methods import (
 from tinyjax.scaling import LineSearch
 from tinyjax.site import Site
 from tinyjax.slots import free_slots, width
-from tinyjax.statistics import Moments, Statistics, half, keep_halves, moments
+from tinyjax.statistics import Statistics, half, keep_halves, moments
 from tinyjax.surgery import add_update, write
 from tinyjax.trace import Trace
 
@@ -85,14 +87,15 @@ def grow_site(
     loss_before: Array,
     wanted: Array,
     *,
+    squares: Squares | None,
     key: Array | None,
 ) -> tuple[Params, dict[str, Array]]:
-    """Update, neurons and filler at one site."""
+    """Update, neurons and filler at one site; `squares` where S is only a bound of them, see `tinyjax.moves`."""
     start, free = params, jnp.sum(free_slots(params, site))
     over_layers = map_layers(site)
     layer_keys = None if key is None else _split_over(site, jax.random.fold_in(key, 0))
 
-    neurons, delta, report, slopes = over_layers(partial(_fit, recipe, num_neurons))(statistics, layer_keys)
+    neurons, delta, report, slopes = over_layers(partial(_fit, recipe, num_neurons, squares))(statistics, layer_keys)
     unit = partial(_polyak, loss_before)
     params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before, unit(slopes.update))
 
@@ -186,9 +189,12 @@ def _updated(
 
 
 def _fit(
-    recipe: Recipe, num_neurons: int, statistics: Statistics, key: Array | None
+    recipe: Recipe, num_neurons: int, squares: Squares | None, statistics: Statistics, key: Array | None
 ) -> tuple[Neurons, Array | None, dict[str, Array], Slopes]:
-    """The neurons and the update of one layer, with bottlenecks, gains and slopes in the linear model at amplitude 1.
+    """The neurons and the update of one layer, with bottlenecks, gains and slopes in the linear model.
+
+    The update is at amplitude 1, and so are neurons whose squares are known from S; where S is a bound, neurons are at
+    the amplitude that is best on the samples they were fitted on.
 
     One program fits all samples, the even and the odd ones in turn, at the ridges chosen for all; what a half found is
     scored on the other.
@@ -205,20 +211,28 @@ def _fit(
 
     neurons, refitted, deltas = jax.lax.map(fit, jnp.arange(3))
 
-    def gain(mean: Moments, part: int) -> Array:
-        fitted, delta = jax.tree.map(lambda x: x[part], (refitted, deltas))
-        return predicted_gain(mean, fitted, fitted.delta if delta is None else delta)
+    means = (moments(statistics), half(statistics, 0), half(statistics, 1))
+    exact = None if squares is None else squares(refitted)
 
-    mean = moments(statistics)
+    def effect_on(samples: int, part: int) -> Effect:
+        fitted, delta = jax.tree.map(lambda x: x[part], (refitted, deltas))
+        found = effect(means[samples], fitted, fitted.delta if delta is None else delta)
+        return found if exact is None else found._replace(square=exact[part, samples])
+
+    def gain(samples: int, part: int) -> Array:
+        scaled = exact is not None and refitted.delta is None
+        return effect_on(samples, part).gain(effect_on(part, part).best_amplitude if scaled else 1)
+
+    mean = means[0]
     first, delta = jax.tree.map(lambda x: x[0], (neurons, deltas))
     change = first.delta if delta is None else delta
     updated = jnp.zeros_like(mean.energy) if change is None else update_gain(mean, change)
-    predicted = gain(mean, 0)
+    predicted = gain(0, 0)
     report = dict(
         psi_before=mean.energy,
         psi_after=mean.energy - updated - predicted,
         gain_predicted=predicted,
-        gain_held_out=(gain(half(statistics, 1), 1) + gain(half(statistics, 0), 2)) / 2,
+        gain_held_out=(gain(2, 1) + gain(1, 2)) / 2,
     )
     zero = jnp.zeros_like(mean.energy)
     slopes = Slopes(

@@ -20,7 +20,17 @@ from tinyjax.estimate import estimate_batch, take_samples
 from tinyjax.growing import Amplitude, Parts, Recipe, Update, grow_site, map_layers, skip_site
 from tinyjax.info import GrowthInfo, check
 from tinyjax.layout import Params
-from tinyjax.methods import HowMany, Method, best_update, held_out_update, is_function_preserving, random0, tiny0
+from tinyjax.methods import (
+    HowMany,
+    Method,
+    Squares,
+    best_update,
+    held_out_update,
+    is_function_preserving,
+    random0,
+    tiny0,
+)
+from tinyjax.moves import bounded_squares
 from tinyjax.optimizer import reset_grown
 from tinyjax.scaling import fixed, line_search, searches, trusted_search
 from tinyjax.site import Site, Sites, as_sites
@@ -105,6 +115,9 @@ def make_grow_step(
         )
         return found.statistics
 
+    def squares_of(params: Params, batch: Any) -> dict[str, Squares]:
+        return bounded_squares(loss_fn, params, batch, sites, has_aux=has_aux)
+
     def limited(site: Site, statistics: Statistics, wanted: Array) -> Array:
         if how_many is None:
             return wanted
@@ -121,13 +134,16 @@ def make_grow_step(
         require_mean(loss_fn, params, parts.estimation, parts.search, has_aux=has_aux)
         parts = _with_paths(parts, loss_fn, params, sites, has_aux)
         found = statistics_of(params, parts.estimation)
+        squares = squares_of(params, parts.estimation)
         current = recipe.loss(params, parts.whole)
         rows = {}
         for index, site in enumerate(sites):
             if refresh and index:
                 found = statistics_of(params, parts.estimation)
+                squares = squares_of(params, parts.estimation)
             site_key = None if key is None else jax.random.fold_in(key, index)
-            one = partial(grow_site, recipe, site, counts[site.name], parts, key=site_key)
+            exact = squares.get(site.name)
+            one = partial(grow_site, recipe, site, counts[site.name], parts, squares=exact, key=site_key)
             wanted = limited(site, found[site.name], neurons[site.name])
             statistics = dataclasses.replace(found[site.name], null=None)
             params, rows[site.name] = jax.lax.cond(

@@ -29,7 +29,8 @@ class GrowthInfo(NamedTuple):
     """What a `grow_step` did; every field is a dict by site name.
 
     Bottlenecks and their gains are in units of mean |V_goal|^2 over the samples the statistics saw, as the linear model
-    has them at amplitude 1; `()` or, for a stack of layers, `stack`. Losses are those of the whole batch.
+    has them at amplitude 1, neurons in front of a convolution at the amplitude that is best there (with the paper's
+    bound S they are computed too small); `()` or, for a stack of layers, `stack`. Losses are those of the whole batch.
 
     Attributes:
         psi_before: the bottleneck before any update, mean |V_goal|^2.

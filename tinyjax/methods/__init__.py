@@ -10,6 +10,9 @@ from tinyjax.methods.bottleneck import bottleneck as bottleneck
 from tinyjax.methods.completed import completed as completed
 from tinyjax.methods.completed import within_rank as within_rank
 from tinyjax.methods.fisher_tiny import fisher_tiny as fisher_tiny
+from tinyjax.methods.gains import Effect as Effect
+from tinyjax.methods.gains import Squares as Squares
+from tinyjax.methods.gains import effect as effect
 from tinyjax.methods.gains import held_out_gain as held_out_gain
 from tinyjax.methods.gains import predicted_gain as predicted_gain
 from tinyjax.methods.gains import refit_fan_out as refit_fan_out

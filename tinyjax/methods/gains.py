@@ -1,7 +1,9 @@
 """What neurons gain: on the samples they were computed from, and on samples they have not seen."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -9,6 +11,38 @@ from tinyjax.linalg import inner, matmul, solve
 from tinyjax.methods.base import Neurons
 from tinyjax.methods.update import residual_cross
 from tinyjax.statistics import Moments, Statistics, half, keep_half, moments
+
+
+class Effect(NamedTuple):
+    """What neurons do to the bottleneck at amplitude gamma: it falls by 2 gamma slope - gamma^2 square.
+
+    Attributes:
+        slope: () mean <V_residual, V(theta)>.
+        square: () mean |V(theta)|^2.
+    """
+
+    slope: Array
+    square: Array
+
+    @property
+    def best_amplitude(self) -> Array:
+        """Where the gain is largest, (); 0 where it is never positive."""
+        moves = self.square > 0
+        return jnp.where(moves, jnp.maximum(self.slope, 0) / jnp.where(moves, self.square, 1), 0)
+
+    def gain(self, gamma: Array | float) -> Array:
+        """By how much the bottleneck falls at an amplitude, ()."""
+        return 2 * gamma * self.slope - gamma**2 * self.square
+
+
+def effect(moments: Moments, neurons: Neurons, delta: Array | None = None) -> Effect:
+    """The effect of neurons beyond the update `delta`, with S in the place of the squares of their moves.
+
+    For a convolution S is a bound (eq. 71): put the squares of `tinyjax.moves` in its place.
+    """
+    cross = moments.cross_prev if delta is None else residual_cross(moments, delta)
+    product = matmul(neurons.alpha, neurons.omega)
+    return Effect(inner(cross, product), inner(product, matmul(moments.gram_prev, product)))
 
 
 def predicted_gain(moments: Moments, neurons: Neurons, delta: Array | None = None) -> Array:
@@ -25,18 +59,26 @@ def predicted_gain(moments: Moments, neurons: Neurons, delta: Array | None = Non
     Returns:
         () in units of mean |v|^2.
     """
-    cross = moments.cross_prev if delta is None else residual_cross(moments, delta)
-    product = matmul(neurons.alpha, neurons.omega)
-    return 2 * inner(cross, product) - inner(product, matmul(moments.gram_prev, product))
+    return effect(moments, neurons, delta).gain(1)
 
 
-def held_out_gain(statistics: Statistics, fit: Callable[[Statistics], tuple[Neurons, Array | None]]) -> Array:
+Squares = Callable[[Neurons], Array]
+"""From neurons fitted k times, (k, ..), to the mean |V(theta)|^2 of each over all, even and odd samples: (k, 3)."""
+
+
+def held_out_gain(
+    statistics: Statistics,
+    fit: Callable[[Statistics], tuple[Neurons, Array | None]],
+    squares: Squares | None = None,
+) -> Array:
     """The gain of neurons fitted on one half of the samples, on the other half; the mean of both ways.
 
     Args:
         statistics: both halves.
         fit: from the statistics of one half to neurons and the update applied with them. That half has no halves of its
             own, so ridges chosen by `held_out` are 1 there: choose them on `statistics` beforehand where that matters.
+        squares: of a convolution, see `tinyjax.moves`: its neurons are scored at the amplitude that is best on the half
+            they were fitted on. None: at amplitude 1.
 
     Returns:
         () in units of mean |v|^2; negative when the neurons are worse than nothing on unseen samples.
@@ -48,7 +90,17 @@ def held_out_gain(statistics: Statistics, fit: Callable[[Statistics], tuple[Neur
         ...     return neurons, best_update(half, ridge=update_ridge)
         >>> held_out_gain(statistics, fit)
     """
-    gains = [predicted_gain(half(statistics, 1 - i), *fit(keep_half(statistics, i))) for i in (0, 1)]
+    fitted = [fit(keep_half(statistics, i)) for i in (0, 1)]
+    exact = None if squares is None else squares(jax.tree.map(lambda *x: jnp.stack(x), *(n for n, _ in fitted)))
+
+    def effect_on(part: int, neurons: Neurons, delta: Array | None, index: int) -> Effect:
+        found = effect(half(statistics, part), neurons, delta)
+        return found if exact is None else found._replace(square=exact[index, 1 + part])
+
+    gains = []
+    for i, found in enumerate(fitted):
+        gamma = 1 if exact is None else effect_on(i, *found, i).best_amplitude
+        gains.append(effect_on(1 - i, *found, i).gain(gamma))
     return (gains[0] + gains[1]) / 2
 
 
