@@ -35,12 +35,9 @@ import tinyjax
 from experiments.results import Experiment, Finding, Row, column, distinct, run, select, spread
 from tinyjax import data
 from tinyjax.costs import estimation_batch
-from tinyjax.methods.tiny_conv_als import ConvProblem, approximation, conv_bound, conv_gain
+from tinyjax.methods.tiny_conv_als import ConvProblem, alternate, approximation, conv_bound, conv_gain, conv_problem
 from tinyjax.models import MLP
-from tinyjax.patches import conv_problem
-from tinyjax.window import Window
 
-SAME = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 OPTIMIZER = optax.adam(3e-3)
 MERGE = jax.jit(tinyjax.merge)
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -116,7 +113,7 @@ class Task(NamedTuple):
 
 def conv_loss(params: Any, batch: data.Batch) -> Any:
     """Of the convolutional network below."""
-    return cross_entropy(conv_forward(params, batch.image)[-1], batch.label).mean()
+    return cross_entropy(conv_forward(params, batch.image), batch.label).mean()
 
 
 @functools.cache
@@ -314,17 +311,17 @@ def joint(config: Config, seed: int) -> Iterator[Row]:
 # --- Lemma C.2 ---
 
 
-def conv_forward(params: Any, image: Any, nudge: Any = 0.0) -> tuple[Any, ...]:
-    """Three convolutions, mean, logits. Returns what enters the second, what enters the third, the logits."""
+def conv_forward(params: Any, image: Any) -> Any:
+    """Three convolutions, mean, logits."""
 
     def convolve(x: Any, layer: Any) -> Any:
         numbers = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, layer["w"], (1, 1), "SAME", dimension_numbers=numbers) + layer["b"]
 
-    x = jax.nn.relu(convolve(image, params["c1"]))
-    h = jax.nn.relu(convolve(x, params["c2"]))
-    out = jax.nn.relu(convolve(h, params["c3"]) + nudge)
-    return x, h, out.mean((1, 2)) @ params["fc"]["w"] + params["fc"]["b"]
+    x = image
+    for name in ("c1", "c2", "c3"):
+        x = jax.nn.relu(convolve(x, params[name]))
+    return x.mean((1, 2)) @ params["fc"]["w"] + params["fc"]["b"]
 
 
 def conv_task(channels: int, slots: int, seed: int, *, epochs: int, outputs: int = 16) -> Task:
@@ -346,16 +343,11 @@ def conv_task(channels: int, slots: int, seed: int, *, epochs: int, outputs: int
     return task("digits", conv_loss, init, seed, epochs=epochs)
 
 
-@jax.jit
-def problem_of(params: Any, delta: Any, batch: data.Batch) -> ConvProblem:
+@functools.partial(jax.jit, static_argnames="site")
+def problem_of(params: Any, delta: Any, batch: data.Batch, site: tinyjax.Site) -> ConvProblem:
     """What the update `delta` of the third convolution leaves for new channels to do."""
-
-    def total(nudge: Any) -> Any:  # the sum of the samples' losses
-        return cross_entropy(conv_forward(params, batch.image, nudge)[-1], batch.label).sum()
-
-    x, h, _ = conv_forward(params, batch.image)
-    v = -jax.grad(total)(jnp.zeros((*h.shape[:-1], params["c3"]["b"].size), h.dtype))
-    return conv_problem(x, h, v, SAME, SAME, bias_prev=True, bias=True, project=lambda gram, cross: delta)
+    statistics = tinyjax.estimate(conv_loss, params, batch, site, offset_gram=True)
+    return conv_problem(tinyjax.moments(statistics), delta)
 
 
 @functools.partial(jax.jit, static_argnames="counts")
@@ -363,7 +355,7 @@ def compare_als(fitted: ConvProblem, other: ConvProblem, *, counts: tuple[int, .
     """Gains of new channels as shares of psi, on the samples of the fit and on others."""
     rows = []
     for k in counts:
-        start, best = approximation(fitted, k), tinyjax.tiny_conv_als(fitted, num_neurons=k)
+        start, best = approximation(fitted, k), alternate(fitted, num_neurons=k)
         # The gain at amplitude +-1 is 2 slope - square and -2 slope - square.
         up, down = (conv_gain(fitted, start._replace(alpha=sign * start.alpha)) for sign in (1, -1))
         amplitude = (up - down) / 4 / (-(up + down) / 2)
@@ -386,9 +378,10 @@ def compare_als(fitted: ConvProblem, other: ConvProblem, *, counts: tuple[int, .
 def als(config: Config, seed: int) -> Iterator[Row]:
     here = conv_task(8, 8, seed, epochs=3)
     train = data.Batch(*(a[: config.als_samples] for a in here.train))
-    delta = tinyjax.best_update(whole(here, site_of(here, "c2"), train, min(config.samples) // 4))
+    site = site_of(here, "c2")
+    delta = tinyjax.best_update(whole(here, site, train, min(config.samples) // 4))
     fresh = data.Batch(*(a[: config.als_samples] for a in here.validation))
-    problems = (problem_of(here.params, delta, batch) for batch in (train, fresh))
+    problems = (problem_of(here.params, delta, batch, site) for batch in (train, fresh))
     found = compare_als(*problems, counts=config.als_neurons)
     for row in jax.device_get(found):
         values = {name: float(value) for name, value in row.items()} | {"neurons": int(row["neurons"])}

@@ -7,22 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tinyjax
+from tinyjax.linalg import solve
 from tinyjax.methods.base import Neurons
 from tinyjax.methods.tiny_conv_als import (
+    alternate,
     approximation,
     best_conv_gain,
     conv_bound,
     conv_gain,
-    conv_gains,
-    tiny_conv_als,
+    conv_problem,
+    gains_of,
 )
-from tinyjax.patches import conv_problem, linear_move
+from tinyjax.patches import conv_sums, linear_move
+from tinyjax.statistics import Moments
 from tinyjax.window import Window
 
 SAME = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 POINT = Window((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
-gains_of = jax.jit(conv_gains, static_argnames=("num_neurons", "num_steps"))
-als = jax.jit(tiny_conv_als, static_argnames=("num_neurons", "num_steps"))
+gains_of = jax.jit(gains_of, static_argnames=("num_neurons", "num_steps"))
+als = jax.jit(alternate, static_argnames=("num_neurons", "num_steps"))
 
 
 def data(seed=0, n=30, size=5, channels=2, slots=2, outputs=3):
@@ -37,7 +41,12 @@ def data(seed=0, n=30, size=5, channels=2, slots=2, outputs=3):
 
 @functools.cache
 def problem(consumer=SAME):
-    build = jax.jit(lambda x, h, v: conv_problem(x, h, v, SAME, consumer, bias_prev=True, bias=True))
+    @jax.jit
+    def build(x, h, v):
+        sums = conv_sums(x, h, v, SAME, consumer, bias_prev=True, bias=True, offset_gram=True, chunk=4)
+        mean = Moments(**{name: jax.tree.map(lambda s: s.sum(0) / len(x), s) for name, s in sums._asdict().items()})
+        return conv_problem(mean, solve(mean.gram, mean.cross))
+
     return build(*data())
 
 
@@ -121,4 +130,83 @@ def test_channels_that_do_not_move_the_output_gain_nothing():
 @pytest.mark.parametrize("num_neurons", [0, 1.5])
 def test_the_number_of_neurons_is_positive(num_neurons):
     with pytest.raises(ValueError, match="num_neurons"):
-        tiny_conv_als(problem(), num_neurons=num_neurons)
+        alternate(problem(), num_neurons=num_neurons)
+
+
+def conv(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def loss_fn(p, batch):
+    """A linear activation, so that neurons move the output as the linear model says."""
+    z = conv(conv(batch["x"], p["k"]) + p["b"], p["u"])
+    return jnp.sum((z - batch["t"]) ** 2) / len(z)
+
+
+@functools.cache
+def model():
+    rng = np.random.default_rng(5)
+    params = {k: jnp.asarray(rng.normal(size=s)) for k, s in dict(k=(3, 3, 2, 6), b=(6,), u=(3, 3, 6, 2)).items()}
+    x = jnp.asarray(rng.normal(size=(48, 5, 5, 2)))
+    t = conv(conv(x, params["k"][::-1]), params["u"][:, ::-1])
+    batch = {"x": x, "t": t + 3 * rng.normal(size=t.shape)}
+    (site,) = tinyjax.find_sites(loss_fn, params, batch)
+    return tinyjax.thin(params, site, 2), batch, site
+
+
+def test_as_a_method_from_a_model_to_its_gain():
+    """Growing with it takes away from psi what it says, measured on the outputs of the model itself."""
+    params, batch, site = model()
+    statistics = tinyjax.estimate(loss_fn, params, batch, site, offset_gram=True)
+    found = jax.jit(functools.partial(tinyjax.conv_gains, num_neurons=2))(statistics)
+    assert 0 < found.predicted < found.approximation < found.als < found.bound < tinyjax.bottleneck(statistics).after
+    neurons = tinyjax.tiny_conv_als(statistics, num_neurons=2)
+    output = lambda p: np.asarray(conv(conv(batch["x"], p["k"]) + p["b"], p["u"]))  # noqa: E731
+    start = output(params)
+    update = output(tinyjax.add_update(params, site, tinyjax.best_update(statistics), amplitude=1.0)) - start
+    move = output(tinyjax.write(params, site, neurons, amplitude=1.0)[0]) - start
+    left = 2 * (np.asarray(batch["t"]) - start) - update
+    np.testing.assert_allclose((np.sum(left**2) - np.sum((left - move) ** 2)) / 48, found.als, rtol=1e-8)
+
+
+def test_growing_with_it():
+    params, batch, site = model()
+    step = tinyjax.make_grow_step(loss_fn, site, num_neurons=2, method=tinyjax.tiny_conv_als, offset_gram=True)
+    new, info = step(params, batch)
+    assert info.loss_after[site.name] < info.loss_before[site.name] and int(info.written[site.name]) == 2
+    assert info.gain_predicted[site.name] > 0 and int(tinyjax.width(new, site)) == 4
+
+
+def test_without_the_sums_it_says_what_to_pass():
+    params, batch, site = model()
+    with pytest.raises(ValueError, match="pass `offset_gram=True` to `estimate` or `make_grow_step`"):
+        tinyjax.tiny_conv_als(tinyjax.estimate(loss_fn, params, batch, site), num_neurons=2)
+
+
+def test_a_site_too_wide_for_the_sums_says_so():
+    x, h, v = (jnp.zeros((1, 3, 3, c)) for c in (300, 1, 1))
+    sums = functools.partial(conv_sums, producer=SAME, consumer=SAME, bias_prev=False, bias=False, offset_gram=True)
+    with pytest.raises(ValueError, match="too wide for `offset_gram`: 24300 x 24300"):
+        jax.eval_shape(sums, x, h, v)
+
+
+def test_a_dense_layer_has_one_offset():
+    """There `tiny_conv_als` is `tiny`."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 4))), "u": jnp.asarray(rng.normal(size=(4, 2)))}
+    batch = {"x": jnp.asarray(rng.normal(size=(40, 3))), "t": jnp.asarray(rng.normal(size=(40, 2)))}
+
+    def dense_loss(p, batch):
+        return jnp.mean((jnp.tanh(batch["x"] @ p["w"]) @ p["u"] - batch["t"]) ** 2)
+
+    (site,) = tinyjax.find_sites(dense_loss, params, batch)
+    params = tinyjax.thin(params, site, 1)
+    statistics = tinyjax.estimate(dense_loss, params, batch, site, offset_gram=True)
+    products = [
+        neurons.alpha @ neurons.omega
+        for neurons in (
+            tinyjax.tiny_conv_als(statistics, num_neurons=1),
+            tinyjax.tiny(statistics, num_neurons=1, ridge=0.0),
+        )
+    ]
+    np.testing.assert_allclose(*products, rtol=1e-6, atol=1e-9)

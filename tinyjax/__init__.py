@@ -20,10 +20,12 @@ from tinyjax.info import GrowthInfo as GrowthInfo
 from tinyjax.info import Status as Status
 from tinyjax.info import check as check
 from tinyjax.methods import Bottleneck as Bottleneck
+from tinyjax.methods import ConvGains as ConvGains
 from tinyjax.methods import Neurons as Neurons
 from tinyjax.methods import best_update as best_update
 from tinyjax.methods import bottleneck as bottleneck
 from tinyjax.methods import completed as completed
+from tinyjax.methods import conv_gains as conv_gains
 from tinyjax.methods import energy as energy
 from tinyjax.methods import fisher_tiny as fisher_tiny
 from tinyjax.methods import fraction as fraction

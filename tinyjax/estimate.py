@@ -52,6 +52,7 @@ def estimate(
     *,
     has_aux: bool = ...,
     energy_matrix: bool = ...,
+    offset_gram: bool = ...,
     null_draws: int = ...,
     chunk: int | None = ...,
 ) -> Statistics: ...
@@ -64,6 +65,7 @@ def estimate(
     *,
     has_aux: bool = ...,
     energy_matrix: bool = ...,
+    offset_gram: bool = ...,
     null_draws: int = ...,
     chunk: int | None = ...,
 ) -> dict[str, Statistics]: ...
@@ -75,6 +77,7 @@ def estimate(
     *,
     has_aux: bool = False,
     energy_matrix: bool = False,
+    offset_gram: bool = False,
     null_draws: int = 0,
     chunk: int | None = None,
 ) -> Statistics | dict[str, Statistics]:
@@ -88,6 +91,8 @@ def estimate(
         sites: growable sites of this model, from `find_sites`.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
         energy_matrix: also sum v v' (as wide as the consumer; `fisher_tiny` needs it).
+        offset_gram: also sum what every two kernel offsets of a consumer read together, of which S is a bound (for thin
+            convolutions; `tiny_conv_als` and `conv_gains` need it).
         null_draws: R, also sum with random signs R times (`significant` needs 19). The sign of a sample follows from
             its position among all samples alone. Costs about R times N and P.
         chunk: samples a pass, even; default `DEFAULT_CHUNK`, or the whole batch where the loss couples its samples.
@@ -106,7 +111,9 @@ def estimate(
     """
     batches = batch if isinstance(batch, Iterator) else iter((batch,))
     total: dict[str, Statistics] = {}
-    options: dict[str, Any] = dict(has_aux=has_aux, energy_matrix=energy_matrix, null_draws=null_draws, chunk=chunk)
+    options: dict[str, Any] = dict(
+        has_aux=has_aux, energy_matrix=energy_matrix, offset_gram=offset_gram, null_draws=null_draws, chunk=chunk
+    )
     first = 0
     for one in batches:
         found = estimate_batch(loss_fn, params, one, sites, first=first, **options).statistics
@@ -127,6 +134,7 @@ def estimate_batch(
     *,
     has_aux: bool = False,
     energy_matrix: bool = False,
+    offset_gram: bool = False,
     null_draws: int = 0,
     chunk: int | None = None,
     first: Array | int = 0,
@@ -141,7 +149,7 @@ def estimate_batch(
     if chunk is not None and (chunk < 2 or chunk % 2):
         raise ValueError(f"`chunk` must be an even number of samples, got {chunk}")
     size = min(chunk or DEFAULT_CHUNK, num_samples)
-    step = _Step(loss_fn, sites, has_aux, energy_matrix, null_draws)
+    step = _Step(loss_fn, sites, has_aux, energy_matrix, offset_gram, null_draws)
     if size < num_samples:
         traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
         discovery = discover(traced)
@@ -176,6 +184,7 @@ class _Step(NamedTuple):
     sites: Sites
     has_aux: bool
     energy_matrix: bool
+    offset_gram: bool
     null_draws: int
 
     def __call__(self, traced: Trace, discovery: Discovery, params: Params, batch: Any, first: Array | int) -> Estimate:
@@ -193,7 +202,9 @@ class _Step(NamedTuple):
         num_samples = traced.num_samples
         signs = null_signs(self.null_draws, first, num_samples) if self.null_draws else None
         sums = {
-            site.name: site_sums(params, site, paths[site.name], captured, num_samples, self.energy_matrix, signs)
+            site.name: site_sums(
+                params, site, paths[site.name], captured, num_samples, self.energy_matrix, signs, self.offset_gram
+            )
             for site in self.sites
         }
         return Estimate(captured.loss, sums)

@@ -58,6 +58,7 @@ def make_grow_step(
     has_aux: bool = False,
     refresh: bool = False,
     energy_matrix: bool = False,
+    offset_gram: bool = False,
     how_many: HowMany | None = None,
     null_draws: int = 0,
 ) -> Callable[..., Any]:
@@ -83,6 +84,7 @@ def make_grow_step(
         has_aux: whether `loss_fn` returns `(loss, aux)`.
         refresh: estimate again before each site instead of once a round.
         energy_matrix: give the method sum v v', see `estimate`.
+        offset_gram: give it what pairs of kernel offsets read, see `estimate`.
         how_many: from statistics to the largest number of neurons to add, 0 to skip the site; for a stack of layers the
             most that one of them asks for. None for no limit.
         null_draws: give `how_many` sign-flipped sums, see `estimate`.
@@ -111,7 +113,14 @@ def make_grow_step(
 
     def statistics_of(params: Params, batch: Any) -> dict[str, Statistics]:
         found = estimate_batch(
-            loss_fn, params, batch, sites, has_aux=has_aux, energy_matrix=energy_matrix, null_draws=null_draws
+            loss_fn,
+            params,
+            batch,
+            sites,
+            has_aux=has_aux,
+            energy_matrix=energy_matrix,
+            offset_gram=offset_gram,
+            null_draws=null_draws,
         )
         return found.statistics
 

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import matmul, solve
-from tinyjax.methods.tiny_conv_als import ConvProblem
-from tinyjax.pair import Pair, Sizes, Way, choose, producer_image
+from tinyjax.pair import Pair, Sizes, Way, by_patches, choose, producer_image
 from tinyjax.statistics import Null
 from tinyjax.window import Window, convolve, num_offsets, out_shape, patches, pool_mean
 
@@ -34,6 +33,7 @@ class Sums(NamedTuple):
     energy_matrix: Array | None
     cross_asked: Array | None = None
     null: Null | None = None
+    offset_gram: Array | None = None
 
 
 def conv_sums(
@@ -47,6 +47,7 @@ def conv_sums(
     bias: bool,
     between: Sequence[Window] = (),
     energy_matrix: bool = False,
+    offset_gram: bool = False,
     chunk: int | None = None,
     link_limit: int = LINK_LIMIT,
     project: Callable[[Array, Array], Array] = solve,
@@ -80,6 +81,7 @@ def conv_sums(
         bias: whether the consumer has a bias.
         between: poolings between the two, in order, see `pool_mean`.
         energy_matrix: also give E[v v'] (x) identity over offsets, which acts on columns (m, o).
+        offset_gram: also give the sum over output pixels of what two offsets read, of which S is a bound.
         chunk: samples a pass; default as many as keep the temporaries small.
         link_limit: largest number of entries O D H for which `link` is formed.
         project: (G (H, H), M (H, M)) -> update (H, M) that is taken out of `v` where `link` is not formed; default
@@ -92,7 +94,7 @@ def conv_sums(
 
     Raises:
         ValueError: shapes that do not follow from the windows, no samples, a `chunk` below 1, null draws where `link`
-            is not formed.
+            is not formed, an `offset_gram` that would be as large.
 
     Example:
         >>> sums = conv_sums(x, h, v, window, window, bias_prev=True, bias=True)
@@ -148,6 +150,7 @@ def conv_sums(
         (consumed, _), produced = _by_half(both, tuple(only), chosen.chunk, kept)
         found_gram, found_cross = jax.vmap(chosen.consumer_done)(consumed)
         _, found_prev, found_link = jax.vmap(chosen.producer_done)(produced)
+        assert link is not None and found_link is not None, "the pair is linked"
         found = Null(found_prev, found_gram, found_cross, found_link)
         flipped = jax.tree.map(lambda a, b: 2 * a - b, found, Null(cross_prev, gram, cross, link))
         return flipped._replace(cross_prev=flipped.cross_prev.reshape(2, inputs, -1))
@@ -163,50 +166,23 @@ def conv_sums(
         energy_matrix=jax.vmap(jnp.kron, (0, None))(energy, identity) if energy_matrix else None,
         cross_asked=cross_asked,
         null=null,
+        offset_gram=_offset_gram(pair, sizes, (x, h, v), chunk, inputs) if offset_gram else None,
     )
 
 
-def conv_problem(
-    x: Array,
-    h: Array,
-    v: Array,
-    producer: Window,
-    consumer: Window,
-    *,
-    bias_prev: bool,
-    bias: bool,
-    between: Sequence[Window] = (),
-    chunk: int | None = None,
-    project: Callable[[Array, Array], Array] = solve,
-) -> ConvProblem:
-    """The bottleneck of a convolution without the approximation of lemma C.2, for `tiny_conv_als`.
+def _offset_gram(pair: Pair, sizes: Sizes, arrays: tuple[Array, Array, Array], chunk: int | None, inputs: int) -> Array:
+    """The sum over output pixels of seen seen', seen what all offsets read of the producer: (2, O, D, O, D)."""
+    rows = num_offsets(pair.consumer) * inputs
+    if rows**2 > LINK_LIMIT:
+        raise ValueError(f"this site is too wide for `offset_gram`: {rows} x {rows} numbers")
 
-    Its square matrix has O D rows: for thin layers. Arguments as for `conv_sums`; `project` gives the update whose
-    residual new channels are to explain.
+    def part(x: Array, h: Array, v: Array, live: Array) -> Array:
+        del h, v
+        seen = patches(producer_image(pair, x, live), pair.consumer).reshape(-1, rows)
+        return matmul(seen.T, seen)
 
-    Example:
-        >>> problem = conv_problem(x, h, v, window, window, bias_prev=True, bias=True)
-    """
-    sums = conv_sums(
-        x, h, v, producer, consumer, bias_prev=bias_prev, bias=bias, between=between, chunk=chunk, project=project
-    )
-    pair = Pair(x.shape[1:-1], producer, tuple(between), consumer, bias_prev, bias)
-    delta = project(sums.gram.sum(0), sums.cross.sum(0))
-    offsets, (_, inputs) = num_offsets(consumer), sums.gram_prev.shape[1:]
-    x, h, v = (a.astype(delta.dtype) for a in (x, h, v))
-
-    def part(x: Array, h: Array, v: Array, live: Array):
-        left = _residual(h, v, live, delta, pair).reshape(-1, v.shape[-1])
-        seen = patches(producer_image(pair, x, live), consumer).reshape(len(left), -1)
-        return matmul(seen.T, seen), matmul(seen.T, left), jnp.sum(left**2)
-
-    size = chunk or choose(pair, Sizes(len(x), x.shape[-1], h.shape[-1], v.shape[-1], linked=True), None).chunk
-    gram, cross, energy = (total.sum(0) / len(x) for total in _by_half(part, (x, h, v), size))
-    return ConvProblem(
-        gram=gram.reshape(offsets, inputs, offsets, inputs),
-        cross=cross.reshape(offsets, inputs, -1).transpose(1, 2, 0),
-        energy=energy,
-    )
+    sums = _by_half(part, arrays, by_patches(pair, sizes, chunk).chunk)
+    return sums.reshape(2, *2 * (num_offsets(pair.consumer), inputs))
 
 
 def linear_move(

@@ -15,7 +15,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-_SUMS = ("count", "gram_prev", "cross_prev", "gram", "cross", "link", "energy", "energy_matrix", "cross_asked", "null")
+_SUMS = (
+    "count",
+    "gram_prev",
+    "cross_prev",
+    "gram",
+    "cross",
+    "link",
+    "energy",
+    "energy_matrix",
+    "cross_asked",
+    "null",
+    "offset_gram",
+)
 
 
 class Null(NamedTuple):
@@ -65,6 +77,8 @@ class Statistics:
         ridge_update: () the same for the best update.
         cross_asked: (2, D, Q) N~ where `link` is None, else None.
         null: sign-flipped sums, or None when they were not asked for.
+        offset_gram: (2, O, D, O, D) sum over output pixels of what two kernel offsets read of b_prev, or None when it
+            was not asked for.
     """
 
     count: Array
@@ -84,6 +98,7 @@ class Statistics:
     ridge_update: Array | None = None
     cross_asked: Array | None = None
     null: Null | None = None
+    offset_gram: Array | None = None
 
 
 class Moments(NamedTuple):
@@ -98,6 +113,7 @@ class Moments(NamedTuple):
     energy_matrix: Array | None
     cross_asked: Array | None = None
     null: Null | None = None
+    offset_gram: Array | None = None
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:

@@ -33,6 +33,7 @@ def site_sums(
     num_samples: int,
     energy_matrix: bool,
     signs: Array | None = None,
+    offset_gram: bool = False,
 ) -> Statistics:
     """The record of one site from what its paths captured; a leaf used twice adds its rows.
 
@@ -41,7 +42,7 @@ def site_sums(
     Raises:
         ValueError: for a kernel used more than once at a site too wide for its `link` to be kept.
     """
-    parts = [_path_sums(site, path, captured, num_samples, energy_matrix, signs) for path in paths]
+    parts = [_path_sums(site, path, captured, num_samples, energy_matrix, signs, offset_gram) for path in paths]
     if len(parts) > 1 and any(part.link is None for part in parts):
         raise ValueError(f"site `{site.name}` is too wide for a kernel that is used {len(parts)} times")
     total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
@@ -59,7 +60,13 @@ def site_sums(
 
 
 def _path_sums(
-    site: Site, path: Path, captured: Captured, num_samples: int, energy_matrix: bool, signs: Array | None
+    site: Site,
+    path: Path,
+    captured: Captured,
+    num_samples: int,
+    energy_matrix: bool,
+    signs: Array | None,
+    offset_gram: bool,
 ) -> Sums:
     """The sums of one path: rows with rows, or images through their windows."""
     x = _matrix(path.producer.inputs, captured.inputs[path.producer.op.path])
@@ -81,6 +88,7 @@ def _path_sums(
             weight=weight,
             energy_matrix=energy_matrix,
             signs=signs,
+            offset_gram=offset_gram,
         )
     geometry = path.geometry
     return conv_sums(
@@ -93,6 +101,7 @@ def _path_sums(
         bias_prev=bias_prev,
         bias=bias,
         energy_matrix=energy_matrix,
+        offset_gram=offset_gram,
         signs=signs,
     )
 
@@ -108,6 +117,7 @@ def row_sums(
     weight: Array | None = None,
     energy_matrix: bool,
     signs: Array | None = None,
+    offset_gram: bool = False,
 ) -> Sums:
     """The sums of a pair of matrix products: x `(*stack, rows, D)`, h `(*stack, rows, H)`, v `(*stack, rows, Q)`.
 
@@ -117,8 +127,9 @@ def row_sums(
     b_prev = b_prev if weight is None else weight * b_prev
     null = None if signs is None else _null_sums(b_prev, b, _halves(v, num_samples), signs)
     b_prev, b, v = (_halves(array, num_samples) for array in (b_prev, b, v))
+    gram_prev = _gram(b_prev, b_prev)
     return Sums(
-        gram_prev=_gram(b_prev, b_prev),
+        gram_prev=gram_prev,
         cross_prev=_gram(b_prev, v),
         gram=_gram(b, b),
         cross=_gram(b, v),
@@ -126,6 +137,7 @@ def row_sums(
         energy=jnp.sum(v**2, axis=(-2, -1)),
         energy_matrix=_gram(v, v) if energy_matrix else None,
         null=null,
+        offset_gram=gram_prev[..., None, :, None, :] if offset_gram else None,
     )
 
 

@@ -12,8 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import factor, inner, matmul, solve
-from tinyjax.methods.base import Neurons, traits
+from tinyjax.methods.base import Neurons, only_live, traits
 from tinyjax.methods.best import best
+from tinyjax.methods.gains import update_gain
+from tinyjax.methods.update import Ridge, best_update, residual_cross
+from tinyjax.statistics import Moments, Statistics, moments
 
 
 class ConvProblem(NamedTuple):
@@ -47,17 +50,25 @@ class ConvGains(NamedTuple):
 
 
 @traits(function_preserving=False, stochastic=False)
-def tiny_conv_als(problem: ConvProblem, *, num_neurons: int, num_steps: int = 30, key: Array | None = None) -> Neurons:
+def tiny_conv_als(
+    statistics: Statistics,
+    *,
+    num_neurons: int,
+    update_ridge: Ridge = 0.0,
+    num_steps: int = 30,
+    key: Array | None = None,
+) -> Neurons:
     r"""The channels that lower the bottleneck of a convolution, by alternating least squares from `tiny`'s.
 
     Minimises E sum_j |v_j - V_j(alpha, omega)|^2, in which V is the convolution of a convolution. Each step is an exact
     least-squares solution, so the gain never falls; the optimum found is a local one. Cost: a factorisation of
     (k O) x (k O) and one of (k D) x (k D) matrices for each step. The fit is exact, with no ridge: give it many more
-    output pixels than (D + M O) k numbers, or it fits noise.
+    output pixels than (D + M O) k numbers, or it fits noise. At a dense layer it is `tiny` without ridge.
 
     Args:
-        problem: of `tinyjax.patches.conv_problem`.
+        statistics: sums at the current parameters, with `offset_gram`.
         num_neurons: k, static.
+        update_ridge: of the best update whose residual the channels are to explain; 0 is exact.
         num_steps: pairs of solutions.
         key: not used, here for the signature of a method.
 
@@ -66,13 +77,40 @@ def tiny_conv_als(problem: ConvProblem, *, num_neurons: int, num_steps: int = 30
         s_k in descending order.
 
     Raises:
-        ValueError: `num_neurons` is not a positive int.
+        ValueError: `num_neurons` is not a positive int, or the statistics have no `offset_gram`.
 
     Example:
-        >>> neurons = tiny_conv_als(problem, num_neurons=4)
+        >>> statistics = estimate(loss_fn, params, batch, site, offset_gram=True)
+        >>> neurons = tiny_conv_als(statistics, num_neurons=4)
 
     Reference: objective of Verbockhaven et al., TMLR 2024, eq. 56.
     """
+    mean = moments(statistics)
+    problem = conv_problem(mean, best_update(statistics, ridge=update_ridge))
+    return only_live(mean, alternate(problem, num_neurons=num_neurons, num_steps=num_steps))
+
+
+def conv_problem(moments: Moments, delta: Array) -> ConvProblem:
+    """What an update of the consumer leaves for new channels to do.
+
+    Args:
+        moments: means over samples, with `offset_gram`.
+        delta: (H, M) the update; the best one where `link` is None (`cross_prev` is of its residual then).
+
+    Raises:
+        ValueError: there is no `offset_gram`.
+    """
+    if moments.offset_gram is None:
+        raise ValueError(
+            "these statistics have no `offset_gram`: pass `offset_gram=True` to `estimate` or `make_grow_step`"
+        )
+    offsets, inputs = moments.offset_gram.shape[:2]
+    cross = residual_cross(moments, delta).reshape(inputs, -1, offsets)
+    return ConvProblem(moments.offset_gram, cross, moments.energy - update_gain(moments, delta))
+
+
+def alternate(problem: ConvProblem, *, num_neurons: int, num_steps: int = 30) -> Neurons:
+    """The channels of `tiny_conv_als`, from the problem itself."""
     start = approximation(problem, num_neurons)
 
     def step(_: int, alpha: Array) -> Array:
@@ -110,13 +148,38 @@ def conv_bound(problem: ConvProblem) -> Array:
     return inner(cross, solve(problem.gram.reshape(offsets * inputs, -1), cross))
 
 
-def conv_gains(problem: ConvProblem, *, num_neurons: int, num_steps: int = 30) -> ConvGains:
-    """What the paper's approximation costs: its gain, that of `tiny_conv_als`, and the bound of both."""
+def conv_gains(
+    statistics: Statistics, *, num_neurons: int, update_ridge: Ridge = 0.0, num_steps: int = 30
+) -> ConvGains:
+    """What the paper's approximation costs: its gain, that of `tiny_conv_als`, and the bound of both.
+
+    All are in the batch, without a ridge, in units of mean |V_goal|^2.
+
+    Args:
+        statistics: sums at the current parameters, with `offset_gram`.
+        num_neurons: of the two methods, static.
+        update_ridge: of the best update beforehand; 0 is exact.
+        num_steps: of `tiny_conv_als`.
+
+    Raises:
+        ValueError: `num_neurons` is not a positive int, or the statistics have no `offset_gram`.
+
+    Example:
+        >>> statistics = tinyjax.estimate(loss_fn, params, batch, site, offset_gram=True)
+        >>> gains = tinyjax.conv_gains(statistics, num_neurons=4)
+        >>> gains.approximation / gains.als, gains.als / gains.bound
+    """
+    problem = conv_problem(moments(statistics), best_update(statistics, ridge=update_ridge))
+    return gains_of(problem, num_neurons=num_neurons, num_steps=num_steps)
+
+
+def gains_of(problem: ConvProblem, *, num_neurons: int, num_steps: int = 30) -> ConvGains:
+    """`conv_gains` from the problem itself."""
     start = approximation(problem, num_neurons)
     return ConvGains(
         predicted=jnp.sum(start.singular_values**2),
         approximation=best_conv_gain(problem, start),
-        als=conv_gain(problem, tiny_conv_als(problem, num_neurons=num_neurons, num_steps=num_steps)),
+        als=conv_gain(problem, alternate(problem, num_neurons=num_neurons, num_steps=num_steps)),
         bound=conv_bound(problem),
     )
 
