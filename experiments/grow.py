@@ -16,8 +16,8 @@ with zero fan-out (`tiny0`), random filler beyond the rank. All runs share data,
     fixed           the final width from the start
     fixed + dW*     the same, with the best-update steps of the growing network at the same times (mlp)
 
-Ctrl-C finishes the step and saves; the same command with `--resume` goes on, also after a crash, and ends with the same
-network as if it had never been stopped.
+A bar shows the time left, every growth leaves a line. Ctrl-C finishes the step and saves; the same command with
+`--resume` goes on, also after a crash, and ends with the same network as if it had never been stopped.
 
 Writes log.jsonl, figure.png and final.npz (the compact parameters of the grown network) to `--out`. The test split is
 reported, never used to choose anything. In the table of growths, psi is mean |V_goal|^2 before the growth, gain is
@@ -29,6 +29,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import rich.progress as bars
@@ -141,6 +142,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Run]]:
         bars.TimeRemainingColumn(),
         bars.TextColumn("{task.fields[now]}"),
     )
+    note = partial(CONSOLE.print, highlight=False, soft_wrap=True)
     results: dict[str, list[Run]] = {name: [] for name in task.runs}
     with tinyjax.stop_on_interrupt() as stopped, bars.Progress(*columns, console=CONSOLE) as progress:
         for number, name in enumerate(task.runs):
@@ -151,7 +153,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Run]]:
 
             for seed in range(config.seed, config.seed + config.seeds):
                 folder = saved / f"{number}-seed-{seed}"
-                run = follow(task, name, seed, folder, compilations=compilations, tick=tick, stopped=stopped)
+                run = follow(task, name, seed, folder, compilations=compilations, tick=tick, note=note, stopped=stopped)
                 results[name].append(run)
     CONSOLE.print(growth_table(results["grown"][0].rows))
     CONSOLE.print(result_table(results))

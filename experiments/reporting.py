@@ -14,7 +14,6 @@ from rich.table import Table
 import tinyjax
 from experiments.tasks import Row, Run
 from tinyjax import plot
-from tinyjax.layout import named_leaves
 
 CONSOLE = Console(width=max(Console().width, 132))  # the growth table needs that much
 
@@ -81,10 +80,7 @@ def write_results(config: Mapping[str, Any], results: dict[str, list[Run]]) -> N
             for row in (row for run in runs for row in run.rows):
                 file.write(json.dumps(row) + "\n")
     grown = results["grown"][0]
-    compact, widths = tinyjax.compact(grown.params, grown.sites)
-    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(compact).items()}
-    arrays: dict[str, Any] = leaves | {f"width/{name}": np.asarray(w) for name, w in widths.items()}
-    np.savez(out / "final.npz", **arrays)
+    tinyjax.export(out / "final.npz", grown.params, grown.sites)
     references = {name: runs[0].rows[-1]["test_accuracy"] for name, runs in results.items() if name != "grown"}
     plot.growth_curves(grown.rows, references=references).savefig(out / "figure.png", dpi=150)
     CONSOLE.print(f"Wrote log.jsonl, figure.png and final.npz to {out}/", highlight=False)

@@ -94,6 +94,7 @@ def follow(
     *,
     compilations: Compilations,
     tick: Callable[[int, Mapping[str, int]], None],
+    note: Callable[[str], None],
     stopped: Callable[[], bool],
 ) -> Run:
     """Runs to the end and writes down what the growths did and how well the network does.
@@ -108,6 +109,7 @@ def follow(
         folder: of its checkpoints.
         compilations: counts them.
         tick: is told the steps done since the last call and the widths.
+        note: is given one line for every growth.
         stopped: whether to stop after this step.
 
     Raises:
@@ -131,6 +133,7 @@ def follow(
             row |= _accuracies(task, record) | {"width": dict(record.width)}
             if record.growth is not None:
                 row |= _growth(record.growth)
+                note(f'run="{name}" seed={seed} {tinyjax.log_line(record)}')
             rows.append(row | {"seconds": time.perf_counter() - began, "compiles": compilations.count - compiled})
         tick(1, record.width)
         if stopped() or record.step == task.steps or time.perf_counter() - last_save > SAVE_SECONDS:

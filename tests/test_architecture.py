@@ -22,6 +22,7 @@ LEVELS = [
     ["growth"],
     ["checkpoint", "ranking"],
     ["training"],
+    ["report"],
 ]
 RANKS = {module: rank for rank, modules in enumerate(LEVELS) for module in modules}
 MAY_IMPORT = {

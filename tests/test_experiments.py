@@ -65,7 +65,8 @@ def test_the_saved_parameters_are_the_grown_network(finished):
     out, results = finished
     with np.load(out / "final.npz") as file:
         leaves = dict(file)
-    widths = tuple(int(leaves.pop(f"width/hidden_{i}")) for i in (1, 2))
+    header = json.loads(str(leaves.pop("__tinyjax__")))
+    widths = tuple(header["widths"][f"hidden_{i}"] for i in (1, 2))
     params = {}
     for name, leaf in leaves.items():
         collection, layer, kind = name.split("/")
@@ -109,7 +110,7 @@ def interrupted_after(steps):
     yield lambda: next(count) >= 2 * steps - 1  # it is asked twice a step
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, capsys):
     out = tmp_path / "results"
     arguments = [*ARGUMENTS, "--out", str(out)]
     with monkeypatch.context() as patched:
@@ -121,7 +122,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, mon
     with pytest.raises(SystemExit, match="was started with --seed 3: --resume needs the same"):
         grow.main([*arguments, "--seed", "4", "--resume"])
     assert not (out / "log.jsonl").exists()
+    (out / "checkpoints" / "1-seed-3").mkdir()  # as of a process that was killed before its first checkpoint
     grow.main([*arguments, "--resume"])
+    assert 'run="random0 + dW*" seed=3 step=3 ' in capsys.readouterr().out
     with np.load(out / "final.npz") as resumed, np.load(finished[0] / "final.npz") as unbroken:
         assert set(resumed) == set(unbroken)
         for name in resumed:

@@ -57,6 +57,9 @@ from tinyjax.optimizer import zeros as zeros
 from tinyjax.ranking import Score as Score
 from tinyjax.ranking import gauss_newton as gauss_newton
 from tinyjax.ranking import score_sites as score_sites
+from tinyjax.report import log_line as log_line
+from tinyjax.report import progress as progress
+from tinyjax.report import summary as summary
 from tinyjax.scaling import fixed as fixed
 from tinyjax.scaling import line_search as line_search
 from tinyjax.scaling import normalize as normalize
