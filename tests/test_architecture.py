@@ -11,7 +11,7 @@ LEVELS = [
     ["layout", "linalg", "atoms", "info", "statistics", "data", "models", "plot", "window"],
     ["site", "trace", "methods", "correlations"],
     ["rules", "wiring", "slots", "scaling", "schedule", "costs", "shifts"],
-    ["axes", "surgery", "pair"],
+    ["axes", "brakes", "surgery", "pair"],
     ["uses", "separable", "averaging", "optimizer", "patches"],
     ["capture", "flow", "geometry"],
     ["norms", "dimensions", "rowweights"],
@@ -32,7 +32,12 @@ MAY_IMPORT = {
     "matplotlib": {"plot"},
     "orbax": {"checkpoint"},
 }
-SEES_NO_NETWORK = {"methods": {"linalg", "statistics"}, "scaling": {"methods", "statistics"}, "schedule": set()}
+SEES_NO_NETWORK = {
+    "methods": {"linalg", "statistics"},
+    "scaling": {"methods", "statistics"},
+    "schedule": set(),
+    "brakes": {"schedule"},
+}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

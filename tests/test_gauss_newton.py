@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from tinyjax.estimate import estimate
-from tinyjax.methods import best_update, held_out_update, random0, refit_fan_out, tiny, tiny0, tiny_joint
+from tinyjax.methods import (
+    best_update,
+    gradmax,
+    held_out_update,
+    random0,
+    refit_fan_in,
+    refit_fan_out,
+    tiny,
+    tiny0,
+    tiny_joint,
+)
 from tinyjax.ranking import gauss_newton, score_sites
 from tinyjax.sites import find_sites
 from tinyjax.surgery import add_update, thin, write
@@ -97,6 +107,32 @@ def test_where_the_loss_is_quadratic_the_score_is_the_decrease():
     np.testing.assert_allclose(score.gain_update, lowest(0.0)[0], rtol=1e-7)
     np.testing.assert_allclose(score.gain + score.gain_update, together, rtol=1e-7)
     np.testing.assert_allclose(score.amplitude, amplitude, rtol=1e-7)
+
+
+def test_neurons_without_a_fan_in_are_scored_by_it():
+    """GradMax at a linear layer, where the output moves linearly with the fan-in and the loss is quadratic in it."""
+
+    def linear(params, batch):
+        hidden = batch[0] @ params["a"]["w"] + params["a"]["b"]
+        return hidden @ params["c"]["w"] + params["c"]["b"]
+
+    params, batch, _ = network(6)
+    params = {name: params[name] for name in ("a", "c")}
+    site = find_sites(lambda p, b: squared(linear(p, b), b), params, batch)["a"]
+    params = thin(params, [site], 3)
+    score = score_sites(linear, squared, params, batch, site, num_neurons=2, method=gradmax, update=None)["a"]
+    first, second = (jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(30), slice(30, None)))
+    statistics = estimate(lambda p, b: squared(linear(p, b), b), params, first, site)
+    neurons = refit_fan_in(statistics, gradmax(statistics, num_neurons=2))
+
+    @jax.jit
+    def loss(gamma):
+        grown, _ = write(params, site, neurons._replace(alpha=gamma * neurons.alpha), amplitude=1.0)
+        return squared(linear(grown, second), second)
+
+    fit = np.polyfit([0.0, 1.0, 2.0], [loss(gamma) for gamma in (1e-9, 1.0, 2.0)], 2)
+    np.testing.assert_allclose(score.gain, fit[1] ** 2 / (4 * fit[0]), rtol=1e-5)
+    assert score.gain > 0.01 * loss(1e-9)
 
 
 def test_scores_rank_sites_and_depend_on_no_unit():

@@ -36,9 +36,17 @@ samples.weight[:, 1] = 0
 
 
 @functools.cache
+def jitted(name):
+    return jax.jit(functools.partial(METHODS[name], num_neurons=4))
+
+
+def neurons_of(name, samples, dtype=jnp.float64):
+    return jitted(name)(record(samples, dtype, energy_matrix=True), key=jax.random.key(0))
+
+
+@functools.cache
 def run(name, dtype):
-    method = jax.jit(functools.partial(METHODS[name], num_neurons=4))
-    return method(record(samples, dtype, energy_matrix=True), key=jax.random.key(0))
+    return neurons_of(name, samples, dtype)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -82,6 +90,51 @@ def test_stochastic_methods_need_a_key_and_use_it(name):
     else:
         other = jax.jit(functools.partial(method, num_neurons=4))(statistics)
         np.testing.assert_allclose(other.alpha, run(name, jnp.float64).alpha, atol=1e-12)
+
+
+def directions(vectors, axis):
+    lengths = np.linalg.norm(vectors, axis=axis, keepdims=True)
+    return np.asarray(vectors) / np.where(lengths == 0, 1, lengths)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 5e-3), (jnp.float64, 1e-7)])
+@pytest.mark.parametrize("name", METHODS)
+def test_law_4_the_unit_of_the_loss_changes_no_choice(name, dtype, tolerance):
+    """How many neurons, what each reads and where it writes."""
+    want = run(name, dtype)
+    for c in (1e-3, 1e3):
+        got = neurons_of(name, samples._replace(v=c * samples.v), dtype)
+        np.testing.assert_array_equal(got.singular_values > 0, want.singular_values > 0)
+        for side, axis in (("alpha", 0), ("omega", 1)):
+            a, b = (directions(getattr(neurons, side), axis) for neurons in (got, want))
+            np.testing.assert_allclose(a, b, atol=tolerance, err_msg=side)
+
+
+# What becomes of the activity alpha' b of new neurons when the unit of the inputs changes; as the docstrings say.
+SAME = ("tiny", "tiny_unprojected", "tiny_joint", "fisher_tiny", "completed", "net2net")
+SAME_UP_TO_LENGTH = ("tiny0", "random0", "north_weight")  # the fan-in has a length of its own, no bias or the right one
+UNIT_DEPENDENT = ("gradmax_dual", "random")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-2), (jnp.float64, 1e-6)])
+@pytest.mark.parametrize("name", (*SAME, *SAME_UP_TO_LENGTH, *UNIT_DEPENDENT))
+def test_law_4_the_unit_of_the_inputs(name, dtype, tolerance):
+    def activity(neurons, inputs):
+        found = inputs @ np.asarray(neurons.alpha, np.float64)
+        return found if name in SAME else directions(found, 0)
+
+    def difference(c):
+        """Of the neurons for inputs in another unit, in a network that undoes it."""
+        units = np.append(np.full(9, c), 1.0)
+        scaled = samples._replace(b_prev=samples.b_prev * units, weight_prev=samples.weight_prev / units[:, None])
+        want = activity(run(name, dtype), samples.b_prev)
+        return np.max(np.abs(activity(neurons_of(name, scaled, dtype), scaled.b_prev) - want)) / np.max(np.abs(want))
+
+    differences = [difference(c) for c in (1e-3, 1e2)]
+    if name in UNIT_DEPENDENT:
+        assert max(differences) > 0.1
+    else:
+        assert max(differences) < tolerance
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -18,14 +18,17 @@ from tinyjax.methods import (
     net2net,
     north,
     north_weight,
+    predicted_gain,
     random,
     random0,
     redundancy,
+    refit_fan_in,
     symmetric_uniform,
     tiny,
     tiny_joint,
     tiny_unprojected,
 )
+from tinyjax.methods.north import uncorrelated
 from tinyjax.statistics import moments
 
 usual = make_samples(0)
@@ -206,6 +209,34 @@ def test_gradmax_is_redundant_where_tiny_is_not():
     feasible = samples.b_prev.T @ (b @ np.asarray(delta)) @ np.asarray(gradmax(statistics, num_neurons=1).omega[0])
     np.testing.assert_allclose(greedy[0], asked @ feasible / (asked @ asked), rtol=1e-10)
 
+    # The same as a number: what the best fan-ins for its fan-outs would gain, and how much of it needs new neurons.
+    mean, born = moments(statistics), gradmax(statistics, num_neurons=1)
+    claimed = predicted_gain(mean, refit_fan_in(statistics, born, ridge=0.0)) / mean.energy
+    new = predicted_gain(mean, refit_fan_in(statistics, born, delta, ridge=0.0), delta) / mean.energy
+    best = np.sum(oracles.eckart_young(samples.b_prev, oracles.residual(samples), 1)[1][0] ** 2) / mean.energy
+    assert claimed > 0.95 and new < 1e-3 and best > 3 * new, (claimed, new, best)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_the_refitted_fan_in_is_the_best_for_its_fan_out(ridge):
+    """Against least squares over the entries of alpha, all samples and outputs stacked."""
+    statistics, delta = record(usual), best_update(record(usual))
+    born = gradmax(statistics, num_neurons=3, scale=0.1)
+    omega, left = np.asarray(born.omega), oracles.residual(usual)
+    design = np.einsum("nd,kq->nqdk", usual.b_prev, omega).reshape(left.size, -1)
+    size = np.sqrt(np.sum(usual.b_prev**2, axis=0))
+    rows = np.sqrt(ridge) * np.einsum("de,kq->eqdk", np.diag(size), omega).reshape(len(size) * omega.shape[1], -1)
+    goal = np.concatenate([left.ravel(), np.zeros(len(rows))])
+    want = np.linalg.lstsq(np.concatenate([design, rows]), goal, rcond=1e-12)[0].reshape(-1, 3)
+    got = refit_fan_in(statistics, born, delta, ridge=ridge)
+    np.testing.assert_allclose(got.alpha, want, atol=1e-9)
+    np.testing.assert_array_equal(got.omega, born.omega)
+    gain = oracles.psi(left) - oracles.psi(left, usual.b_prev @ want @ omega)
+    np.testing.assert_allclose(predicted_gain(moments(statistics), got, delta), gain, rtol=1e-9)
+    assert gain > 0
+    both = tiny(statistics, num_neurons=3, ridge=0.0)
+    np.testing.assert_array_equal(refit_fan_in(statistics, both, delta).alpha, both.alpha)
+
 
 # --- north
 
@@ -214,20 +245,31 @@ def test_north_is_the_published_recipe_in_law():
     """Covariance of alpha over many draws: S^-1 B V r, with V from a QR of the pre-activations, sample by sample."""
     statistics = record(usual)
     n, k = len(usual.v), 20_000
-    ours = np.asarray(north(statistics, num_neurons=3, key=jax.random.key(0)).alpha)
+    ours = np.asarray(uncorrelated(statistics, 3, 0.0, jax.random.key(0))[0])
     pre = usual.b_prev @ usual.weight_prev
     np.testing.assert_allclose(pre.T @ (usual.b_prev @ ours), np.zeros((5, 3)), atol=1e-9)
     full, _ = np.linalg.qr(pre, mode="complete")
     kernel = full[:, 5:]
     rng = np.random.default_rng(0)
     recipe = np.sqrt(n) * oracles.least_squares(usual.b_prev, kernel @ rng.normal(size=(n - 5, k)))
-    draws = jax.vmap(lambda key: north(statistics, num_neurons=3, key=key).alpha)(
-        jax.random.split(jax.random.key(1), k)
-    )
+    draws = jax.vmap(lambda key: uncorrelated(statistics, 3, 0.0, key)[0])(jax.random.split(jax.random.key(1), k))
     draws = np.asarray(draws).transpose(1, 0, 2).reshape(8, -1)
     want, got = np.cov(recipe), np.cov(draws)
     np.testing.assert_allclose(got, want, atol=0.03 * np.abs(want).max())
     np.testing.assert_allclose(np.mean(draws, axis=1), np.zeros(8), atol=0.03 * np.sqrt(np.diag(want).max()))
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
+def test_north_has_the_length_of_the_old_neurons_and_stays_orthogonal(ridge):
+    """Inputs that hardly vary would get weights of 1 / their deviation; and a ridge costs no orthogonality."""
+    samples = make_samples(slots=6, live=4)
+    samples.b_prev[:, :2] *= 1e-4
+    got = np.asarray(north(record(samples), num_neurons=3, ridge=ridge, key=jax.random.key(0)).alpha)
+    pre = samples.b_prev @ samples.weight_prev[:, :4]
+    # the tolerance is that of S at condition 1e8
+    np.testing.assert_allclose(pre.T @ (samples.b_prev @ got) / np.linalg.norm(pre), np.zeros((4, 3)), atol=1e-8)
+    norms = np.mean(np.linalg.norm(samples.weight_prev[:, :4], axis=0))
+    np.testing.assert_allclose(np.linalg.norm(got, axis=0), np.full(3, norms), rtol=1e-10)
 
 
 def test_north_stops_at_the_admissible_dimension():

@@ -5,10 +5,15 @@ from typing import NamedTuple
 import jax
 import pytest
 
+from experiments.flops import flops
+from tests import zoo, zoo_images
 from tests.handmade import EXAMPLES, mlp
-from tinyjax.costs import estimation_batch, learning_batch, parameter_cost, parameters
-from tinyjax.schedule import budget, early, every, most_gain, round_robin
+from tinyjax.brakes import budget, plateau, worthwhile
+from tinyjax.costs import estimation_batch, flop_cost, forward_flops, learning_batch, parameter_cost, parameters
+from tinyjax.schedule import early, every, most_gain, round_robin
+from tinyjax.sites import find_sites
 from tinyjax.surgery import compact, thin
+from tinyjax.trace import batch_size
 
 
 class Record(NamedTuple):
@@ -53,6 +58,42 @@ def test_most_gain_measures_each_site_once_then_takes_the_best_rate():
     assert schedule(3, {"a": 20, "b": 20, "c": 20}, known) == {}
 
 
+def test_most_gain_by_scores_that_come_from_outside():
+    scores = {"a": 1.0, "b": 3.0}
+    schedule = most_gain(1, 2, final=20, cost=lambda *_: 1.0, gains=lambda history: scores)
+    assert schedule(0, {"a": 2, "b": 2}, [Record({"a": 99.0})]) == {"b": 2}
+    scores["a"] = 4.0
+    assert schedule(0, {"a": 2, "b": 2}) == {"a": 2}
+
+
+def test_a_plateau_lets_grow_when_losses_no_longer_fall():
+    losses = []
+    schedule = plateau(every(1, 4, final=9), losses, window=3, least=0.1)
+    events = []
+    for step in range(40):
+        if schedule(step, {"a": 2}):
+            events.append(step)
+            losses.clear()
+        losses.append(1.0 + 0.5 ** (step - (events or [0])[-1]))  # every growth makes the loss fall again
+    # losses 2, 1.5, 1.25, ...: (1.125, 1.0625, 1.031) is the first window less than a tenth above the next
+    assert events == [9, 18, 27, 36]
+    assert plateau(every(1, 4, final=9), [3.0, 2.0, 1.0, 0.9], window=2)(0, {"a": 2}) == {}
+    with pytest.raises(ValueError, match="`window` must be at least 1 loss, got 0"):
+        plateau(every(1, 4, final=9), losses, window=0)
+
+
+def test_a_growth_is_worthwhile_where_it_gains_more_than_training():
+    losses, scores = [5.0, 4.0], {"a": 1.5, "b": 0.5}
+    schedule = worthwhile(every(1, 1, final=9), losses, lambda history: scores, window=2)
+    widths = {"a": 2, "b": 2, "c": 2}
+    assert schedule(0, widths) == {}  # two losses are one window
+    losses += [4.0, 3.0]  # training gains 1
+    assert schedule(0, widths) == {"a": 1, "c": 1}  # nothing is known of c
+    losses += [4.0, 3.0]  # nothing
+    assert schedule(0, widths) == {"a": 1, "b": 1, "c": 1}
+    assert worthwhile(every(1, 1, final=9), losses, lambda history: {}, window=9)(0, widths) == {}
+
+
 def test_early_spreads_growth_over_the_first_quarter_and_arrives():
     events, widths = run(early(1000, 5, final={"a": 64, "b": 10}), {"a": 4, "b": 7}, 1000)
     assert list(events) == [50, 100, 150, 200, 250]
@@ -80,6 +121,33 @@ def test_a_neuron_costs_its_fan_in_bias_and_fan_out_at_the_current_widths():
     cost = parameter_cost(mlp().sites)
     assert cost("fc1", {"fc1": 3, "fc2": 2}) == 5 + 1 + 2
     assert cost("fc2", {"fc1": 3, "fc2": 2}) == 3 + 1 + 3
+
+
+COUNTED = (
+    zoo.linen, zoo.shared_layer, zoo.scan_over_layers, zoo.scan_over_time, zoo.flat_rows, zoo_images.convolutions,
+    zoo_images.channels_first, zoo_images.used_twice, zoo_images.dense_over_pixels, zoo_images.two_readers,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("build", COUNTED, ids=lambda build: build.__name__)
+def test_operations_are_those_of_the_traced_forward_pass(build):
+    """Against a count over the jaxpr of the loss."""
+    model = build()
+    sites = find_sites(model.loss_fn, model.params, model.batch)
+    per_sample = flops(model.loss_fn, model.params, model.batch) / batch_size(model.batch)
+    assert forward_flops(sites, {}) == per_sample
+
+
+def test_a_neuron_costs_its_products_at_the_current_widths():
+    model = zoo.linen()  # 5 -> Dense_0 -> Dense_1 -> 3
+    sites = find_sites(model.loss_fn, model.params, model.batch)
+    assert flop_cost(sites)("Dense_0", {"Dense_0": 3, "Dense_1": 2}) == 2 * (5 + 2)
+    assert flop_cost(sites)("Dense_1", {"Dense_0": 3, "Dense_1": 2}) == 2 * (3 + 3)
+    model = zoo_images.channels_first()
+    sites = find_sites(model.loss_fn, model.params, model.batch)
+    one = flop_cost(sites)(sites.names[0], dict.fromkeys(sites.names, 1))
+    two = flop_cost(sites)(sites.names[0], dict.fromkeys(sites.names, 2))
+    assert one < two  # a wider consumer makes a channel dearer
 
 
 def test_budget_grants_neurons_while_they_fit():

@@ -6,11 +6,18 @@ the method of Verbockhaven et al., *Growing Tiny Networks: Spotting Expressivity
 (TMLR 2024), for unmodified models in Flax, Equinox, Haiku or plain JAX.
 """
 
+from tinyjax.brakes import budget as budget
+from tinyjax.brakes import plateau as plateau
+from tinyjax.brakes import worthwhile as worthwhile
 from tinyjax.checkpoint import Checkpoint as Checkpoint
 from tinyjax.checkpoint import export as export
 from tinyjax.checkpoint import restore as restore
 from tinyjax.checkpoint import save as save
 from tinyjax.checkpoint import stop_on_interrupt as stop_on_interrupt
+from tinyjax.costs import flop_cost as flop_cost
+from tinyjax.costs import forward_flops as forward_flops
+from tinyjax.costs import parameter_cost as parameter_cost
+from tinyjax.costs import parameters as parameters
 from tinyjax.diagnosis import Diagnosis as Diagnosis
 from tinyjax.diagnosis import Finding as Finding
 from tinyjax.diagnosis import diagnose as diagnose
@@ -67,7 +74,6 @@ from tinyjax.scaling import normalized as normalized
 from tinyjax.scaling import trusted_search as trusted_search
 from tinyjax.scaling import twin_search as twin_search
 from tinyjax.schedule import Schedule as Schedule
-from tinyjax.schedule import budget as budget
 from tinyjax.schedule import early as early
 from tinyjax.schedule import every as every
 from tinyjax.schedule import most_gain as most_gain

@@ -23,7 +23,7 @@ from tinyjax.methods import (
     Neurons,
     Squares,
     effect,
-    refit_fan_out,
+    refit,
     update_gain,
     with_ridges,
 )
@@ -207,7 +207,7 @@ def _fit(
         neurons = _call(recipe.method, num_neurons, kept, key)
         if neurons.delta is not None and delta is not None:
             raise ValueError("the method brings its own update of the consumer: pass `update=None` to `make_grow_step`")
-        return neurons, refit_fan_out(kept, neurons, delta), delta
+        return neurons, refit(kept, neurons, delta), delta
 
     neurons, refitted, deltas = jax.lax.map(fit, jnp.arange(3))
 

@@ -1,6 +1,7 @@
 """Whether a hidden dimension can grow: one producer, aligned consumers, silent empty slots, or the reason why not."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -209,11 +210,16 @@ def _member(model: Dimensions, leaf: int, factor: int, dimension: Atom, found: d
 
 def _kernels(model: Dimensions, uses: Sequence[Use], dimension: Atom) -> tuple[Kernel, ...]:
     factor_of = {model.names[leaf]: factor for leaf, factor in model.leaves[dimension]}
-    kernels = {}
+    kernels, positions = {}, {}
     for use in uses:
         bias = use.bias if use.bias is None else _with_slot(use.bias, factor_of.get(use.bias.leaf))
         kernels.setdefault(use.leaf, Kernel(_with_slot(use.kernel, factor_of.get(use.leaf)), bias))
-    return tuple(kernels.values())
+        positions.setdefault(use.leaf, {})[use.op.path] = math.prod(use.outputs.factors[f] for f in use.outputs.rows)
+    num_samples = model.axes.samples.size
+    return tuple(
+        dataclasses.replace(kernel, positions=-(-sum(positions[leaf].values()) // num_samples))
+        for leaf, kernel in kernels.items()
+    )
 
 
 def aligned(use: Use, order: Sequence[Atom]) -> Use:

@@ -21,7 +21,7 @@ from tinyjax.methods import (
     Method,
     Neurons,
     is_stochastic,
-    refit_fan_out,
+    refit,
     tiny0,
     with_ridges,
 )
@@ -119,7 +119,8 @@ def score_sites(
     """What growing each site is worth, in the unit of the loss: the larger, the better a place to grow.
 
     Neurons and updates come from the first half of the batch, scores from the second. A birth is scored by its fan-out,
-    with the fan-in in place at its size; neurons born without a fan-out are given the best one. Pure: `jit` it.
+    with the fan-in in place at its size; neurons born without a fan-out are given the best one. Neurons born without a
+    fan-in (`gradmax`) are scored by the best fan-in, with the fan-out in place. Pure: `jit` it.
 
     Args:
         model: `model(params, batch) -> z`.
@@ -168,15 +169,16 @@ def score_sites(
             keys = jax.random.split(keys, site.stack)
         for _ in site.stack:
             fit = jax.vmap(fit)
-        neurons, delta = fit(found[site.name], keys)
-        scores[site.name] = _score(partial(gauss_newton, model, objective), params, site, neurons, delta, scoring)
+        born, neurons, delta = fit(found[site.name], keys)
+        move_along = partial(gauss_newton, model, objective)
+        scores[site.name] = _score(move_along, params, site, born, neurons, delta, scoring)
     return scores
 
 
 def _fit(
     method: Method, update: Update | None, num_neurons: int, statistics: Statistics, key: Array | None
-) -> tuple[Neurons, Array | None]:
-    """The neurons of one layer with a fan-out, and the update that goes with them."""
+) -> tuple[Neurons, Neurons, Array | None]:
+    """The neurons of one layer with one side in place, with both sides, and the update that goes with them."""
     statistics = with_ridges(statistics)
     neurons = method(statistics, num_neurons=num_neurons, key=key)
     delta = neurons.delta
@@ -184,21 +186,22 @@ def _fit(
         if delta is not None:
             raise ValueError("the method brings its own update of the consumer: pass `update=None`")
         delta = update(statistics)
-    return refit_fan_out(statistics, neurons, delta), delta
+    omega = jnp.where(jnp.any(neurons.alpha != 0), 0, neurons.omega)
+    return neurons._replace(omega=omega, delta=None), refit(statistics, neurons, delta)._replace(delta=None), delta
 
 
 def _score(
     move_along: Callable[[Params, Params, Any], Move],
     params: Params,
     site: Site,
+    born: Neurons,
     neurons: Neurons,
     delta: Array | None,
     batch: Any,
 ) -> Score:
     """The score of neurons and update at one site."""
-    reading = neurons._replace(omega=jnp.zeros_like(neurons.omega), delta=None)
-    start, _ = write(params, site, reading, amplitude=1.0)
-    written, _ = write(params, site, neurons._replace(delta=None), amplitude=1.0)
+    start, _ = write(params, site, born, amplitude=1.0)
+    written, _ = write(params, site, neurons, amplitude=1.0)
     births = _difference(written, start)
     if delta is None:
         together = move_along(start, births, batch)

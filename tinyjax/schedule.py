@@ -13,6 +13,7 @@ import numpy as np
 Widths = Mapping[str, int]
 Additions = dict[str, int]
 Cost = Callable[[str, Widths], float]
+Gains = Callable[[Sequence[Any]], Mapping[str, float]]
 
 
 class Schedule(Protocol):
@@ -105,25 +106,37 @@ def round_robin(
     return schedule
 
 
+def latest_gains(history: Sequence[Any]) -> dict[str, float]:
+    """The newest finite `gain_predicted` of every site."""
+    gains: dict[str, float] = {}
+    for record in history:
+        for name, gain in record.gain_predicted.items():
+            if np.isfinite(gain):
+                gains[name] = float(gain)
+    return gains
+
+
 def most_gain(
     period: int,
     neurons: int | Mapping[str, int],
     *,
     final: int | Mapping[str, int],
     cost: Cost,
+    gains: Gains = latest_gains,
     start: int = 0,
     until: int | None = None,
 ) -> Schedule:
     """Adds neurons where the last known gain per cost is largest.
 
-    The gain of a site is `gain_predicted[site]` of the newest record that has a finite one. Sites without any go first,
-    in order, so that each is measured once.
+    Sites without a known gain go first, in order, so that each is measured once.
 
     Args:
         period: steps between growths.
         neurons: how many to add at a time, for all sites or by name.
         final: final widths, never exceeded; sites that a mapping leaves out do not grow.
-        cost: `(site, widths) -> cost of one neuron there`: `parameter_cost(sites)`, or one of your own for FLOPs.
+        cost: `(site, widths) -> cost of one neuron there`: `parameter_cost(sites)` or `flop_cost(sites)`.
+        gains: from the records of past growths to the gain of each site. Predicted gains are in the units of different
+            layers; where those do not compare, give the scores of `score_sites`, measured outside.
         start: step of the first growth.
         until: no growth from this step on.
 
@@ -135,6 +148,8 @@ def most_gain(
 
     Example:
         >>> schedule = most_gain(100, 4, final=64, cost=parameter_cost(sites))
+        >>> scores = {}  # by site name, kept up to date by the training loop: float(score_sites(...)[name].gain)
+        >>> schedule = most_gain(100, 4, final=64, cost=flop_cost(sites), gains=lambda history: scores)
     """
     is_due = _calendar(period, start, until)
     room = _room(neurons, final)
@@ -143,13 +158,13 @@ def most_gain(
         open_sites = room(widths)
         if not open_sites or not is_due(step):
             return {}
-        gains = _latest_gains(history)
+        known = gains(history)
 
         def rate(name: str) -> float:
             price = cost(name, widths)
             if not price > 0:
                 raise ValueError(f"`cost` of a neuron at site `{name}` is {price}; it must be positive")
-            return gains.get(name, float("inf")) / (price * open_sites[name])
+            return known.get(name, float("inf")) / (price * open_sites[name])
 
         name = max(open_sites, key=rate)
         return {name: open_sites[name]}
@@ -196,37 +211,6 @@ def early(total: int, events: int, *, final: int | Mapping[str, int], fraction: 
     return schedule
 
 
-def budget(schedule: Schedule, cost: Callable[[Widths], float], *, limit: float) -> Schedule:
-    """Holds a schedule to a budget: neurons are granted one by one, site by site, while the network stays within it.
-
-    Args:
-        schedule: what to hold back.
-        cost: widths -> cost of the network, for parameters `lambda widths: parameters(sites, widths) + others`.
-        limit: largest cost allowed.
-
-    Returns:
-        A schedule.
-
-    Example:
-        >>> schedule = budget(every(100, 4, final=64), lambda widths: parameters(sites, widths), limit=50_000)
-    """
-
-    def held(step: int, widths: Widths, history: Sequence[Any] = ()) -> Additions:
-        wanted = schedule(step, widths, history)
-        granted = dict.fromkeys(wanted, 0)
-        refused: set[str] = set()
-        while open_sites := [name for name in wanted if granted[name] < wanted[name] and name not in refused]:
-            for name in open_sites:
-                after = {n: w + granted.get(n, 0) + (n == name) for n, w in widths.items()}
-                if cost(after) <= limit:
-                    granted[name] += 1
-                else:
-                    refused.add(name)
-        return {name: count for name, count in granted.items() if count}
-
-    return held
-
-
 def _calendar(period: int, start: int, until: int | None) -> Callable[[int], bool]:
     if period < 1:
         raise ValueError(f"`period` must be at least 1 step, got {period}")
@@ -254,13 +238,3 @@ def _room(neurons: int | Mapping[str, int] | None, final: int | Mapping[str, int
         return {name: count for name, count in added.items() if count}
 
     return room
-
-
-def _latest_gains(history: Sequence[Any]) -> dict[str, float]:
-    """The newest finite predicted gain of every site."""
-    gains: dict[str, float] = {}
-    for record in history:
-        for name, gain in record.gain_predicted.items():
-            if np.isfinite(gain):
-                gains[name] = float(gain)
-    return gains

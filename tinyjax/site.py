@@ -38,10 +38,13 @@ class Kernel:
         layout: the leaf as a matrix `(rows, cols)`; `slot` is a column factor of a producer, a row factor of a
             consumer.
         bias: the vector added to the matrix product, as a `Layout` whose `cols` match the kernel's; None without bias.
+        positions: how often it multiplies for one sample: output pixels of a convolution, tokens, uses of a shared
+            kernel.
     """
 
     layout: Layout
     bias: Layout | None = None
+    positions: int = 1
 
     @property
     def leaf(self) -> str:
@@ -187,7 +190,8 @@ def resized(sites: Iterable[Site], capacities: Mapping[str, int]) -> Sites:
         return dataclasses.replace(layout, factors=factors)
 
     def update_kernel(kernel: Kernel) -> Kernel:
-        return Kernel(update(kernel.layout), None if kernel.bias is None else update(kernel.bias))
+        bias = None if kernel.bias is None else update(kernel.bias)
+        return dataclasses.replace(kernel, layout=update(kernel.layout), bias=bias)
 
     return Sites(
         dataclasses.replace(

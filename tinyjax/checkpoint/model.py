@@ -35,7 +35,8 @@ def site_from_json(node: Json) -> Site:
 
 
 def _kernel(node: Json) -> Kernel:
-    return Kernel(_layout(node["layout"]), None if node["bias"] is None else _layout(node["bias"]))
+    bias = None if node["bias"] is None else _layout(node["bias"])
+    return Kernel(**node | dict(layout=_layout(node["layout"]), bias=bias))
 
 
 def _layout(node: Json) -> Layout:

@@ -15,6 +15,8 @@ from tinyjax.methods.gains import Squares as Squares
 from tinyjax.methods.gains import effect as effect
 from tinyjax.methods.gains import held_out_gain as held_out_gain
 from tinyjax.methods.gains import predicted_gain as predicted_gain
+from tinyjax.methods.gains import refit as refit
+from tinyjax.methods.gains import refit_fan_in as refit_fan_in
 from tinyjax.methods.gains import refit_fan_out as refit_fan_out
 from tinyjax.methods.gains import update_gain as update_gain
 from tinyjax.methods.gradmax import gradmax as gradmax

@@ -9,7 +9,8 @@ from jaxtyping import Array
 
 from tinyjax.linalg import inner, matmul, solve
 from tinyjax.methods.base import Neurons
-from tinyjax.methods.update import residual_cross
+from tinyjax.methods.ridge import held_out
+from tinyjax.methods.update import Ridge, residual_cross, resolve
 from tinyjax.statistics import Moments, Statistics, half, keep_half, moments
 
 
@@ -49,7 +50,7 @@ def predicted_gain(moments: Moments, neurons: Neurons, delta: Array | None = Non
     """How much the neurons lower the bottleneck that the update `delta` leaves: psi(delta) - psi(delta, neurons).
 
     2 <N, A W> - <A W, S A W> with N = N~ - P delta, A = alpha, W = omega. Equal to the sum of lambda^2 for the exact
-    `tiny` and its update. Zero for neurons with an empty side.
+    `tiny` and its update. Zero for neurons with an empty side: `refit` them first.
 
     Args:
         moments: means over the samples to score on.
@@ -109,21 +110,46 @@ def update_gain(moments: Moments, delta: Array) -> Array:
     return 2 * inner(moments.cross, delta) - inner(delta, matmul(moments.gram, delta))
 
 
-def refit_fan_out(statistics: Statistics, neurons: Neurons, delta: Array | None = None) -> Neurons:
-    """Neurons born without a fan-out, given the fan-out that lowers the bottleneck the most; others as they are.
+def refit(statistics: Statistics, neurons: Neurons, delta: Array | None = None) -> Neurons:
+    """Neurons that were born with an empty side, given the other side that lowers the bottleneck the most.
 
-    It says what a birth that keeps the function (`tiny0`, `random0`, `north`) makes possible.
+    It says what a birth that keeps the function makes possible: `tiny0`, `random0`, `north` have no fan-out, `gradmax`
+    has no fan-in. Neurons with both sides stay as they are.
 
     Args:
         statistics: sums at the current parameters.
         neurons: of a method.
         delta: (H, M) the update applied before them, or None.
 
-    Returns:
-        Neurons with omega = (A' S A)^+ A' N where omega was zero everywhere.
+    Example:
+        >>> predicted_gain(moments(statistics), refit(statistics, gradmax(statistics, num_neurons=8)))
     """
+    return refit_fan_in(statistics, refit_fan_out(statistics, neurons, delta), delta)
+
+
+def refit_fan_out(statistics: Statistics, neurons: Neurons, delta: Array | None = None) -> Neurons:
+    """Neurons with omega = (A' S A)^+ A' N where omega was zero everywhere; others as they are."""
     mean = moments(statistics)
     cross = mean.cross_prev if delta is None else residual_cross(mean, delta)
     gram = matmul(neurons.alpha.T, matmul(mean.gram_prev, neurons.alpha))
     best = solve(gram, matmul(neurons.alpha.T, cross), 1e-6)  # the neurons may be more than the rank
     return neurons._replace(omega=jnp.where(jnp.any(neurons.omega != 0), neurons.omega, best))
+
+
+def refit_fan_in(
+    statistics: Statistics, neurons: Neurons, delta: Array | None = None, *, ridge: Ridge = held_out
+) -> Neurons:
+    """Neurons with alpha = S^+ N W' (W W')^+, W = omega, where alpha was zero everywhere; others as they are.
+
+    Without a ridge on S, D inputs fit fewer than D samples perfectly: by default it is the one of `tiny`.
+    """
+    mean = moments(statistics)
+    cross = mean.cross_prev if delta is None else residual_cross(mean, delta)
+    omega = neurons.omega
+
+    def best() -> Array:
+        reached = solve(mean.gram_prev, matmul(cross, omega.T), resolve(ridge, statistics))
+        return solve(matmul(omega, omega.T), reached.T).T
+
+    # A branch: factoring S is dear, and few methods are born without a fan-in.
+    return neurons._replace(alpha=jax.lax.cond(jnp.any(neurons.alpha != 0), lambda: neurons.alpha, best))

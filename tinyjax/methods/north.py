@@ -6,6 +6,7 @@ from jaxtyping import Array
 
 from tinyjax.linalg import factor, matmul, top_singular
 from tinyjax.methods.base import Neurons, require_count, require_key, traits
+from tinyjax.methods.tiny0 import HE_NORM
 from tinyjax.statistics import Statistics, moments
 
 
@@ -13,9 +14,11 @@ from tinyjax.statistics import Statistics, moments
 def north(statistics: Statistics, *, num_neurons: int, ridge: float | Array = 0.0, key: Array | None = None) -> Neurons:
     """Random fan-ins whose pre-activations are orthogonal to those of the existing neurons; fan-out zero.
 
-    alpha = S^(-1/2) (I - Pi) g with g ~ N(0, I) and Pi the projector on the span of S^(1/2) W_prev. The published
-    recipe draws one random number a sample, r, and takes S^-1 B V r with V a basis of the samples' directions
-    orthogonal to all pre-activations: the same distribution up to the factor sqrt(n), from sums alone.
+    alpha = S^(-1/2) (I - Pi) g with g ~ N(0, I) and Pi the projector on the span of S^(1/2) W_prev, then scaled to the
+    mean norm of the existing fan-ins. The published recipe draws one random number a sample, r, and takes S^-1 B V r
+    with V a basis of the samples' directions orthogonal to all pre-activations: the same directions in law, from sums
+    alone. Its lengths are not kept: they are those of S^(-1/2), which inputs that hardly vary make as large as they
+    like (470 on MNIST's pixels, where existing neurons have 1.5; training does not recover from that).
 
     Args:
         statistics: sums at the current parameters, with `weight_prev`.
@@ -36,12 +39,29 @@ def north(statistics: Statistics, *, num_neurons: int, ridge: float | Array = 0.
     Reference: Maile et al., When, where, and how to add new neurons to ANNs, 2022; TMLR 2024 paper, appendix B.2.
     """
     key, num_neurons = require_key(key, "north"), require_count(num_neurons)
-    mean = moments(statistics)
-    root = factor(mean.gram_prev, ridge)
-    basis, rank = span(root.whiten(matmul(mean.gram_prev, statistics.weight_prev)))
-    draw = jax.random.normal(key, (len(mean.gram_prev), num_neurons), basis.dtype)
-    alpha = root.unwhiten(draw - matmul(basis, matmul(basis.T, draw)))
-    return admissible(alpha, root.rank - rank, outputs=mean.cross_prev.shape[1])
+    alpha, dimension = uncorrelated(statistics, num_neurons, ridge, key)
+    outputs = statistics.cross_prev.shape[-1]
+    return admissible(with_mean_norm(alpha, statistics.weight_prev), dimension, outputs=outputs)
+
+
+def uncorrelated(statistics: Statistics, num_neurons: int, ridge: float | Array, key: Array) -> tuple[Array, Array]:
+    """Random fan-ins (D, k) with pre-activations orthogonal to the old ones; the admissible dimension.
+
+    A ridge changes their law and not the orthogonality: (root^+' u)' S W = u' root^+ S W.
+    """
+    gram = moments(statistics).gram_prev
+    root = factor(gram, ridge)
+    basis, rank = span(root.whiten(matmul(gram, statistics.weight_prev)))
+    draw = jax.random.normal(key, (len(gram), num_neurons), basis.dtype)
+    return root.unwhiten(draw - matmul(basis, matmul(basis.T, draw))), root.rank - rank
+
+
+def with_mean_norm(alpha: Array, weights: Array) -> Array:
+    """Fan-ins of the mean norm of the existing ones (D, C); of He's, sqrt(2), where there are none."""
+    norms, lengths = jnp.linalg.norm(weights, axis=0), jnp.linalg.norm(alpha, axis=0)
+    used = jnp.sum(norms > 0)
+    mean_norm = jnp.where(used > 0, jnp.sum(norms) / jnp.maximum(used, 1), HE_NORM)
+    return alpha * (mean_norm / jnp.where(lengths == 0, 1, lengths))
 
 
 def span(columns: Array) -> tuple[Array, Array]:

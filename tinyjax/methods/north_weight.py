@@ -6,8 +6,7 @@ from jaxtyping import Array
 
 from tinyjax.linalg import matmul
 from tinyjax.methods.base import Neurons, live_inputs, require_count, require_key, traits
-from tinyjax.methods.north import admissible, span
-from tinyjax.methods.tiny0 import HE_NORM
+from tinyjax.methods.north import admissible, span, with_mean_norm
 from tinyjax.statistics import Statistics, moments
 
 
@@ -41,10 +40,4 @@ def north_weight(statistics: Statistics, *, num_neurons: int, key: Array | None 
     basis, rank = span(weights)
     draw = jnp.where(live[:, None], jax.random.normal(key, (len(live), num_neurons), weights.dtype), 0)
     alpha = jnp.where(live[:, None], draw - matmul(basis, matmul(basis.T, draw)), 0)
-
-    norms = jnp.linalg.norm(weights, axis=0)
-    used = jnp.sum(norms > 0)
-    mean_norm = jnp.where(used > 0, jnp.sum(norms) / jnp.maximum(used, 1), HE_NORM)
-    lengths = jnp.linalg.norm(alpha, axis=0)
-    alpha = alpha * (mean_norm / jnp.where(lengths == 0, 1, lengths))
-    return admissible(alpha, jnp.sum(live) - rank, outputs=mean.cross_prev.shape[1])
+    return admissible(with_mean_norm(alpha, weights), jnp.sum(live) - rank, outputs=mean.cross_prev.shape[1])
