@@ -185,6 +185,41 @@ def _slice(p: Any, x: Any) -> Any:
     return x[tuple(slice(*s) for s in zip(p["start_indices"], p["limit_indices"], strides))]
 
 
+def _gather(p: Any, x: Any, indices: Any) -> Any:
+    """Windows of `x`, one at each vector of indices; where windows leave `x` they are moved back, or filled."""
+    numbers, sizes, mode = p["dimension_numbers"], p["slice_sizes"], p["mode"]
+    batch = indices.shape[:-1]
+    starts = [np.zeros(batch, int) for _ in sizes]
+    for column, d in enumerate(numbers.start_index_map):
+        starts[d] = indices[..., column].astype(int)
+    for d, b in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims):
+        starts[d] = np.indices(batch)[b]
+    rooms = [n - size for n, size in zip(x.shape, sizes)]
+    inside = np.all([(start >= 0) & (start <= room) for start, room in zip(starts, rooms)], axis=0)
+    kept = [d for d in range(x.ndim) if d not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)]
+    window = [1] * len(kept)
+    at = []
+    for d, (start, room, size) in enumerate(zip(starts, rooms, sizes)):
+        along = [size if d == other else 1 for other in kept]
+        at.append(
+            np.clip(start, 0, room).reshape(*batch, *window) + (np.arange(size).reshape(along) if d in kept else 0)
+        )
+    out = x[tuple(np.broadcast_arrays(*at))] if at else np.broadcast_to(x, batch)
+    if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:
+        fill = p["fill_value"]
+        if fill is None:
+            fill = np.nan if np.issubdtype(x.dtype, np.floating) else np.iinfo(x.dtype).min if x.dtype != bool else True
+        out = np.where(inside.reshape(*batch, *window), out, fill)
+    else:
+        assert inside.all() or mode == jax.lax.GatherScatterMode.CLIP, mode
+    return np.moveaxis(out, range(len(batch), out.ndim), numbers.offset_dims)
+
+
+def _iota(p: Any) -> Any:
+    shape, d = p["shape"], p["dimension"]
+    return np.broadcast_to(np.arange(shape[d]).reshape([-1 if a == d else 1 for a in range(len(shape))]), shape)
+
+
 def _split(p: Any, x: Any) -> list[Any]:
     return np.split(x, np.cumsum(p["sizes"])[:-1], p["axis"])
 
@@ -228,6 +263,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "rev": lambda p, x: np.flip(x, p["dimensions"]), "pad": lambda p, x, v: _pad_value(x, v, p["padding_config"]),
     "reduce_sum": _over_axes(np.sum), "reduce_max": _over_axes(np.max), "reduce_min": _over_axes(np.min),
     "reduce_prod": _over_axes(np.prod), "reduce_and": _over_axes(np.all), "reduce_or": _over_axes(np.any),
+    "gather": _gather, "iota": _iota,
     "cumsum": _cumulative(np.cumsum), "cumprod": _cumulative(np.cumprod),
     "dot_general": _dot, "conv_general_dilated": _convolution,
     "reduce_window_sum": _window(np.sum, 0.0), "reduce_window_max": _window(np.max, -np.inf),

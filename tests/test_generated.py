@@ -9,6 +9,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from generated import Generated, generate
@@ -144,6 +145,24 @@ def test_enough_of_them_can_grow():
         model = generate(seed)
         growable.append(len(find_sites(model.loss_fn, model.params, model.batch).growable))
     assert np.mean(np.array(growable) > 0) > 0.6 and sum(growable) > 100
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill", "promise_in_bounds"])
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda x, i, mode: x.at[i].get(mode=mode),
+        lambda x, i, mode: x.at[:, i % 3, 1:3].get(mode=mode),
+        lambda x, i, mode: x.at[i, :, i % 4].get(mode=mode),
+        lambda x, i, mode: jax.vmap(lambda row, j: row.at[j % 3].get(mode=mode))(x, i),
+        lambda x, i, mode: jnp.take_along_axis(x, i[:, None, None] % 4, 2, mode=mode),
+        lambda x, i, mode: jax.lax.dynamic_slice(x, (i[1], 1, i[0]), (2, 2, 3)),
+    ],
+)
+def test_the_evaluator_gathers_as_xla_does(take, mode):
+    x, indices = np.arange(60.0).reshape(5, 3, 4), np.array([3, -1, 0, 7, 2]) * (mode != "promise_in_bounds")
+    function = lambda x, indices: take(x, indices, mode)  # noqa: E731
+    np.testing.assert_array_equal(evaluate(function, x, indices), function(jnp.asarray(x), jnp.asarray(indices)))
 
 
 @pytest.mark.parametrize("seed", [0, 11, 29])
