@@ -3,13 +3,13 @@
 python tests/killed_run.py FOLDER STEPS
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
 
 import tinyjax
 from tinyjax import data
@@ -27,10 +27,16 @@ def init(width):
     return {name: rng.normal(size=shape).astype(np.float32) / 8 for name, shape in shapes.items()}
 
 
+def digits():
+    """Those of scikit-learn, read from its file: importing the package takes longer than all else here."""
+    (package,) = importlib.util.find_spec("sklearn").submodule_search_locations
+    rows = np.loadtxt(Path(package) / "datasets" / "data" / "digits.csv.gz", delimiter=",", dtype=np.float32)
+    return data.Batch(rows[:, :64].reshape(-1, 8, 8, 1) / 16, rows[:, 64].astype(np.int32))
+
+
 def batches(first, last):
     """From the position of a step alone: an epoch has 14 batches of 128."""
-    digits = load_digits()
-    samples = data.Batch((digits.images / 16).astype(np.float32)[..., None], digits.target.astype(np.int32))
+    samples = digits()
     for epoch in range(first // 14, -(-last // 14)):
         for index, batch in enumerate(data.batches(samples, batch_size=128, seed=0, epoch=epoch)):
             if first <= 14 * epoch + index < last:

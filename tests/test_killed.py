@@ -87,8 +87,8 @@ def kill_and_resume(folder, steps, cache, kills, rng):
 
 
 def test_ten_kills(unbroken, tmp_path):
-    root = unbroken(60)
-    kill_and_resume(tmp_path / "run", 60, root / "cache", 10, random.Random(0))
+    root = unbroken(30)
+    kill_and_resume(tmp_path / "run", 30, root / "cache", 10, random.Random(0))
     same(tmp_path / "run", root / "run")
 
 
@@ -100,11 +100,11 @@ def test_a_hundred_kills(unbroken, tmp_path):
 
 
 def test_an_interrupt_finishes_the_step_and_says_how_to_go_on(unbroken, tmp_path):
-    root = unbroken(60)
-    process = start(tmp_path / "run", 60, root / "cache")
+    root = unbroken(30)
+    process = start(tmp_path / "run", 30, root / "cache")
     follow(process, 3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1 and "run the same command to go on" in errors and "Traceback" not in errors
-    finish(start(tmp_path / "run", 60, root / "cache"))
+    finish(start(tmp_path / "run", 30, root / "cache"))
     same(tmp_path / "run", root / "run")
