@@ -63,10 +63,13 @@ def inspect(model: Any, slope: float = 1.0) -> dict[str, Report]:
             fan_out = sum(rows(c) // site.capacity * cols(c) for c in site.consumers)
             omega = jax.random.normal(ko, (*site.stack, 1, fan_out), start_dtype(params))
             drawn[site.name] = alpha, omega
+            gate = None
+            if site.gate is not None:
+                gate = estimate(model.loss_fn, start, batch, site, has_aux=model.has_aux).gates
 
-            def add(a: Any, o: Any, g: Any, start: Any = start, site: Any = site) -> Any:
+            def add(a: Any, o: Any, g: Any, start: Any = start, site: Any = site, gate: Any = gate) -> Any:
                 alpha, omega = drawn[site.name]
-                return write(start, site, Neurons(a * alpha, o * omega, None), amplitude=g)[0]
+                return write(start, site, Neurons(a * alpha, o * omega, None, gate=gate), amplitude=g)[0]
 
             variants.append(jax.vmap(add)(*jnp.array(TRIALS).T))
         stacked = jax.tree.map(lambda x: x[None], variants[0])

@@ -124,7 +124,17 @@ refuse("previous_step", lambda p, b: jax.lax.scan(
 
 # Several writers or readers
 refuse("residual", lambda p, b: head(p, b["x"] @ p["w"] + jnp.tanh(b["x"] @ p["r"])), "2 producers", draw(r=(5, 4)))
-refuse("glu", lambda p, b: head(p, hidden(p, b["x"]) * (b["x"] @ p["r"])), "gated", draw(r=(5, 4)))
+refuse("highway", lambda p, b: (lambda h, g: head(p, h * g + g))(hidden(p, b["x"]), b["x"] @ p["r"]),
+       "meet again in `add`", draw(r=(5, 4)))  # fmt: skip
+refuse("two_sigmoids", lambda p, b: (lambda s: head(p, s(b["x"] @ p["w"]) * s(b["x"] @ p["r"])))(jax.nn.sigmoid),
+       "neither factor", draw(r=(5, 4)))  # fmt: skip
+refuse("scaled_gate", lambda p, b: head(p, (b["x"] @ p["w"]) * jnp.tanh((b["x"] @ p["r"]) * p["s"])),
+       "parameters of its own", draw(r=(5, 4), s=(4,)))  # fmt: skip
+refuse("pooled_gate", lambda p, b: head(p, (b["x"] @ p["w"]) * jnp.tanh(b["x"] @ p["r"]).mean(1, keepdims=True)),
+       "more than an activation", draw(r=(5, 4)))  # fmt: skip
+refuse("other_gate", lambda p, b: head(p, (b["x"] @ p["w"]) * (b["x"][:, 0] @ p["r"])[:, None]), "rows", draw(r=(5, 4)))
+refuse("three_factors", lambda p, b: head(p, (b["x"] @ p["w"]) * (b["x"] @ p["r"]) * (b["x"] @ p["t"])), "3 producers",
+       draw(r=(5, 4), t=(5, 4)))  # fmt: skip
 refuse(
     "glu_split", lambda p, b: (lambda a, g: head(p, a * g))(*jnp.split(b["x"] @ p["w"], 2, -1)), "split", draw(w=(5, 8))
 )

@@ -17,7 +17,7 @@ from numpy_jaxpr import evaluate, traced
 
 from tinyjax.estimate import estimate
 from tinyjax.methods import Neurons
-from tinyjax.site import Site, Sites, resized
+from tinyjax.site import Kernel, Site, Sites, resized
 from tinyjax.sites import find_sites
 from tinyjax.slots import COUNTED, cols, rows
 from tinyjax.statistics import Statistics
@@ -34,12 +34,21 @@ def widened(model: Generated, sites: Sites, rng: np.random.Generator) -> tuple[A
     return params, resized(sites, capacities)
 
 
+def inputs(kernel: Kernel) -> int:
+    return rows(kernel) + (kernel.bias is not None)
+
+
 def draw(site: Site, rng: np.random.Generator) -> tuple[Any, Any]:
     """Fan-in and fan-out of a random neuron."""
-    (producer,) = site.producers
-    inputs = rows(producer) + (producer.bias is not None)
     outputs = sum(rows(c) // site.capacity * cols(c) for c in site.consumers)
-    return rng.normal(size=(*site.stack, inputs, 1)), rng.normal(size=(*site.stack, 1, outputs))
+    return rng.normal(size=(*site.stack, inputs(site.producers[0]), 1)), rng.normal(size=(*site.stack, 1, outputs))
+
+
+def draw_gate(site: Site, statistics: Any, rng: np.random.Generator) -> Any:
+    """The gate that the statistics are for, or a random one; None where there is none."""
+    if site.gate is None or statistics is not None:
+        return statistics and statistics.gates
+    return rng.normal(size=(*site.stack, inputs(site.gate), 1))
 
 
 def problems(model: Generated, seed: int, *, slopes: bool) -> Iterator[str]:
@@ -68,9 +77,10 @@ def problems(model: Generated, seed: int, *, slopes: bool) -> Iterator[str]:
         statistics = evaluate(lambda p, b: estimate(model.loss_fn, p, b, wide_sites.growable), wide, model.batch)
         gradient = evaluate(jax.grad(model.loss_fn), wide, model.batch)
     for site in wide_sites.growable:
+        gate = draw_gate(site, statistics.get(site.name), rng)
 
-        def put(params: Any, alpha: Any, omega: Any, amplitude: Any, site: Site = site) -> Any:
-            new = write(params, site, Neurons(alpha, omega, alpha[0]), amplitude=amplitude)[0]
+        def put(params: Any, alpha: Any, omega: Any, amplitude: Any, site: Site = site, gate: Any = gate) -> Any:
+            new = write(params, site, Neurons(alpha, omega, alpha[0], gate=gate), amplitude=amplitude)[0]
             return new, thin(new, site, sites[site.name].capacity)
 
         alpha, omega = draw(site, rng)

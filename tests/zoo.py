@@ -357,6 +357,49 @@ def recurrent_head() -> Model:
     return Model(mse(apply), params, data(6, 4, 5, outputs=2), {"w": 4}, {"u": "recurrence"})
 
 
+# Gated units
+
+
+def gated(act: Callable[[Any], Any], **more: tuple[int, ...]) -> tuple[Callable[[Any, Any], Any], Any]:
+    """A layer act(x g + bg) (x w + b) with the biases that `more` has, and its parameters."""
+    params = draw(w=(5, 4), g=(5, 4), u=(4, 3), **more)
+    apply = lambda p, x: (act(x @ p["g"] + p.get("bg", 0)) * (x @ p["w"] + p.get("b", 0))) @ p["u"] + p.get("c", 0)  # noqa: E731
+    return apply, params
+
+
+@model
+def swiglu() -> Model:
+    apply, params = gated(jax.nn.silu)
+    return Model(mse(apply), params, data(6, 4, 5), {"w": 4})
+
+
+@model
+def glu_with_biases() -> Model:
+    apply, params = gated(jax.nn.sigmoid, b=(4,), bg=(4,), c=(3,))
+    return Model(mse(apply), params, data(6, 5), {"w": 4})
+
+
+@model
+def gate_of_another_tensor() -> Model:
+    """The gate reads a hidden layer, the other factor the input; both can grow."""
+    params = draw(w=(5, 4), g=(3, 4), v=(5, 3), u=(4, 3))
+    apply = lambda p, x: (jax.nn.gelu(jnp.tanh(x @ p["v"]) @ p["g"]) * (x @ p["w"])) @ p["u"]  # noqa: E731
+    return Model(mse(apply), params, data(6, 4, 5), {"w": 4, "v": 3})
+
+
+@model
+def gated_blocks_under_a_scan() -> Model:
+    params = draw(w=(3, 5, 4), g=(3, 5, 4), u=(3, 4, 5))
+
+    def apply(p, x):
+        def block(x, layer):
+            return x + (jax.nn.silu(x @ layer["g"]) * (x @ layer["w"])) @ layer["u"], None
+
+        return jax.lax.scan(block, x, p)[0]
+
+    return Model(mse(apply), params, data(6, 5, outputs=5), {"w": 4})
+
+
 # Rows
 
 

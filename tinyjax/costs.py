@@ -6,7 +6,7 @@ from functools import partial
 
 from tinyjax.site import Site, Sites, as_sites, resized
 
-TRAINED = ("fan_in", "fan_out", "shift", "scale")
+TRAINED = ("fan_in", "gate", "fan_out", "shift", "scale")
 """Roles that count as parameters; running statistics do not."""
 
 

@@ -108,7 +108,7 @@ def diagnose(
 
     @jax.jit
     def measure(params: Params, batch: Any) -> tuple[jax.Array, dict[str, Any]]:
-        found = estimate_batch(loss_fn, params, batch, growable, has_aux=has_aux)
+        found = estimate_batch(loss_fn, params, batch, growable, has_aux=has_aux, num_gates=num_neurons)
         squares = bounded_squares(loss_fn, params, batch, growable, has_aux=has_aux)
         summaries = {}
         for site in growable:

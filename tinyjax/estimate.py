@@ -5,7 +5,7 @@ memory does not grow with the batch; sums are formed inside the jit, no activati
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -13,18 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.averaging import require_mean
-from tinyjax.capture import capture
-from tinyjax.judging import Path
+from tinyjax.gates import search_gates
 from tinyjax.layout import Params
 from tinyjax.patches import LINK_LIMIT
 from tinyjax.separable import coupling
 from tinyjax.site import Site, Sites, as_sites
-from tinyjax.sites import Discovery, discover
-from tinyjax.slots import require_growable
+from tinyjax.sites import Discovery, discover, paths_of
+from tinyjax.slots import per_site, require_growable
 from tinyjax.statistics import Statistics, keep_half, merge
-from tinyjax.sums import null_signs, site_sums
+from tinyjax.sums import capture_paths, null_signs, site_sums
 from tinyjax.trace import Trace, batch_size, has_samples, trace
-from tinyjax.uses import Use
 from tinyjax.window import num_offsets
 
 DEFAULT_CHUNK = 1024
@@ -54,6 +52,7 @@ def estimate(
     energy_matrix: bool = ...,
     offset_gram: bool = ...,
     null_draws: int = ...,
+    num_gates: int | Mapping[str, int] = ...,
     chunk: int | None = ...,
 ) -> Statistics: ...
 @overload
@@ -67,6 +66,7 @@ def estimate(
     energy_matrix: bool = ...,
     offset_gram: bool = ...,
     null_draws: int = ...,
+    num_gates: int | Mapping[str, int] = ...,
     chunk: int | None = ...,
 ) -> dict[str, Statistics]: ...
 def estimate(
@@ -79,6 +79,7 @@ def estimate(
     energy_matrix: bool = False,
     offset_gram: bool = False,
     null_draws: int = 0,
+    num_gates: int | Mapping[str, int] = 1,
     chunk: int | None = None,
 ) -> Statistics | dict[str, Statistics]:
     """The sums of `Statistics` at the current parameters.
@@ -95,6 +96,8 @@ def estimate(
             convolutions; `tiny_conv_als` and `conv_gains` need it).
         null_draws: R, also sum with random signs R times (`significant` needs 19). The sign of a sample follows from
             its position among all samples alone. Costs about R times N and P.
+        num_gates: how many gates to look for at a site of gated units, in a pass of their own over at most
+            `DEFAULT_CHUNK` samples: as many as neurons are to be added. For all such sites or by name.
         chunk: samples a pass, even; default `DEFAULT_CHUNK`, or the whole batch where the loss couples its samples.
 
     Returns:
@@ -114,10 +117,13 @@ def estimate(
     options: dict[str, Any] = dict(
         has_aux=has_aux, energy_matrix=energy_matrix, offset_gram=offset_gram, null_draws=null_draws, chunk=chunk
     )
+    options |= dict(num_gates=num_gates)
     first = 0
     for one in batches:
         found = estimate_batch(loss_fn, params, one, sites, first=first, **options).statistics
         first += batch_size(one)
+        if total and any(s.gates is not None for s in found.values()):
+            raise ValueError("the gates of gated units are looked for in one batch: pass one, not an iterator")
         if total and any(s.link is None for s in found.values()):
             raise ValueError("a site is too wide for statistics of several batches to be merged: pass one batch")
         total = {name: merge(total[name], s) if total else s for name, s in found.items()}
@@ -136,6 +142,7 @@ def estimate_batch(
     energy_matrix: bool = False,
     offset_gram: bool = False,
     null_draws: int = 0,
+    num_gates: int | Mapping[str, int] = 1,
     chunk: int | None = None,
     first: Array | int = 0,
 ) -> Estimate:
@@ -149,7 +156,10 @@ def estimate_batch(
     if chunk is not None and (chunk < 2 or chunk % 2):
         raise ValueError(f"`chunk` must be an even number of samples, got {chunk}")
     size = min(chunk or DEFAULT_CHUNK, num_samples)
-    step = _Step(loss_fn, sites, has_aux, energy_matrix, offset_gram, null_draws)
+    gated = Sites(site for site in sites if site.gate is not None)
+    some = take_samples(batch, 0, min(DEFAULT_CHUNK, num_samples))
+    gates = search_gates(loss_fn, params, some, gated, per_site(gated, num_gates), has_aux=has_aux) if gated else {}
+    step = _Step(loss_fn, sites, has_aux, energy_matrix, offset_gram, null_draws, gates)
     if size < num_samples:
         traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
         discovery = discover(traced)
@@ -186,25 +196,16 @@ class _Step(NamedTuple):
     energy_matrix: bool
     offset_gram: bool
     null_draws: int
+    gates: Mapping[str, Array]
 
     def __call__(self, traced: Trace, discovery: Discovery, params: Params, batch: Any, first: Array | int) -> Estimate:
-        paths = {site.name: _paths(discovery, site) for site in self.sites}
-        every = [path for found in paths.values() for path in found]
-        producers = [path.producer for path in every]
-        consumers = [consumer for path in every for consumer in path.consumers]
-        captured = capture(
-            traced,
-            jax.tree.leaves((params, batch)),
-            _distinct(producers + consumers),
-            _distinct(consumers),
-            {weight.address: weight.operand for path in every for weight in path.weights},
-        )
+        paths = {site.name: paths_of(discovery, site) for site in self.sites}
+        captured = capture_paths(traced, params, batch, [path for found in paths.values() for path in found])
         num_samples = traced.num_samples
         signs = null_signs(self.null_draws, first, num_samples) if self.null_draws else None
+        options = num_samples, self.energy_matrix, signs, self.offset_gram
         sums = {
-            site.name: site_sums(
-                params, site, paths[site.name], captured, num_samples, self.energy_matrix, signs, self.offset_gram
-            )
+            site.name: site_sums(params, site, paths[site.name], captured, *options, self.gates.get(site.name))
             for site in self.sites
         }
         return Estimate(captured.loss, sums)
@@ -254,29 +255,6 @@ def _scan(
 
 def _merge_all(a: dict[str, Statistics], b: dict[str, Statistics]) -> dict[str, Statistics]:
     return {name: merge(a[name], b[name]) for name in a}
-
-
-def _paths(discovery: Discovery, site: Site) -> tuple[Path, ...]:
-    """The paths of a site in this trace.
-
-    Raises:
-        ValueError: the model has no such site, or it cannot grow in this trace.
-    """
-    here = next((s for s in discovery.sites if s.name == site.name), None)
-    if here is None:
-        known = ", ".join(f"`{s.name}`" for s in discovery.sites) or "none"
-        raise ValueError(f"this loss has no site `{site.name}`; its sites are {known}")
-    require_growable(here)
-    if here.members != site.members:
-        raise ValueError(
-            f"site `{site.name}` was found with {site.capacity} slots in leaves of other shapes than these parameters "
-            f"have ({here.capacity} slots). Use the sites that `resize` returned, or call `find_sites` again."
-        )
-    return discovery.paths[site.name]
-
-
-def _distinct(uses: Sequence[Use]) -> list[Use]:
-    return list({use.op.path: use for use in uses}.values())
 
 
 def _map_samples(function: Callable[[Array], Array], batch: Any) -> Any:

@@ -74,9 +74,19 @@ class Flow:
         weights: for every value, the factors that its rows were multiplied by one by one.
         counted: for every leaf that tells a norm of `tinyjax.models` which slots it counts, the operations that ask.
         trouble: why such a norm cannot grow, or "".
+
+    `gates` are values that multiply the flow slot by slot, and which are given with each new neuron.
     """
 
-    def __init__(self, graph: Graph, axes: Axes, wiring: Wiring, producer: Use, slots: Atom):
+    def __init__(
+        self,
+        graph: Graph,
+        axes: Axes,
+        wiring: Wiring,
+        producer: Use,
+        slots: Atom,
+        gates: frozenset[Value] = frozenset(),
+    ):
         (start,) = producer.op.outs
         self.mixing: dict[Value, str] = {start: ROW_BY_ROW}
         self.empty: dict[Value, Any] = {start: _zero(start)}
@@ -91,7 +101,7 @@ class Flow:
         self.weights: dict[Value, tuple[Weight, ...]] = {start: ()}
         self.counted: dict[int, list[Op]] = {}
         self.trouble = ""
-        self._axes, self._wiring, self._slots = axes, wiring, slots
+        self._axes, self._wiring, self._slots, self._gates = axes, wiring, slots, gates
         # Steps of the scans around the producer are rows, unless its kernel has one layer for each.
         self._row_scans = frozenset() if producer.kernel.stack else frozenset(producer.op.scans)
         for op in graph.ops:
@@ -138,7 +148,8 @@ class Flow:
             mixed = next((r for r in reasons if r != ROW_BY_ROW), ROW_BY_ROW)
             if op.name in OWN or op.name in _SUMS:
                 return mixed or self._modulated_by(op), ()
-            differing = [i for i, v in enumerate(op.ins) if v not in self.mixing and not self._same_in_all_rows(v)]
+            outside = [i for i, v in enumerate(op.ins) if v not in self.mixing and v not in self._gates]
+            differing = [i for i in outside if not self._same_in_all_rows(op.ins[i])]
             if self._divides_by_count(op):
                 differing = []
             weights = [weight for i in differing if (weight := self._weight(op, i)) is not None]

@@ -121,6 +121,7 @@ def make_grow_step(
             energy_matrix=energy_matrix,
             offset_gram=offset_gram,
             null_draws=null_draws,
+            num_gates=counts,
         )
         return found.statistics
 

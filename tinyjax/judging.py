@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from jaxtyping import Array
 
 from tinyjax.atoms import Atom, root
 from tinyjax.dimensions import Dimensions
 from tinyjax.flow import ROW_BY_ROW, Flow
+from tinyjax.gating import Gate, Ungated, pair_up
 from tinyjax.geometry import Geometry, Unaligned, is_rowwise, lay_out
 from tinyjax.layout import Layout
 from tinyjax.norms import find_norm, roles
@@ -27,12 +30,16 @@ class Path(NamedTuple):
         consumers: the uses that read, their rows in the order of the producer's.
         geometry: how rows are pixels of images, or None where all of them are the same rows.
         weights: what every row was multiplied by between the two.
+        gate: the product whose activation multiplies the producer's slot by slot, rows in the same order, or None.
+        activation: of the gate, elementwise.
     """
 
     producer: Use
     consumers: tuple[Use, ...]
     geometry: Geometry | None = None
     weights: tuple[RowWeight, ...] = ()
+    gate: Use | None = None
+    activation: Callable[[Array], Array] | None = None
 
 
 def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
@@ -47,7 +54,11 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
     if paths:
         producers = [path.producer for path in paths]
         consumers = [consumer for path in paths for consumer in path.consumers]
-    members = tuple(_member(model, leaf, factor, dimension, found) for leaf, factor in model.leaves[dimension])
+    gates = [path.gate for path in paths if path.gate is not None]
+    gate_leaf = gates[0].leaf if gates else None
+    members = tuple(
+        _member(model, leaf, factor, dimension, found, gate_leaf) for leaf, factor in model.leaves[dimension]
+    )
     stack = tuple(producers[0].kernel.factors[f] for f in producers[0].kernel.stack) if producers else ()
     site = Site(
         name="",
@@ -59,6 +70,7 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
         consumers=_kernels(model, consumers, dimension),
         stack=stack,
         norm=norm,
+        gate=next(iter(_kernels(model, gates, dimension)), None),
     )
     return site, paths
 
@@ -73,8 +85,8 @@ def _static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use],
     both = [leaf for leaf in written if leaf in read]
     if both:
         return f"`{both[0]}` both writes and reads it (a recurrence or tied weights)"
-    if len(written) != 1:
-        return f"{len(written)} producers" + (" (a residual stream or a gated unit)" if written else " (an embedding?)")
+    if len(written) not in (1, 2):
+        return f"{len(written)} producers" + (" (a residual stream?)" if written else " (an embedding?)")
     for use in (*producers, *consumers):
         if use.trouble:
             return use.trouble
@@ -97,8 +109,13 @@ def _paths(
     paths, found, norms = [], {}, []
     kernels = (*producers, *consumers)
     accounted = {use.op for use in kernels}
-    for producer in producers:
-        flow = Flow(model.graph, model.axes, model.wiring, producer, dimension)
+    try:
+        pairs = _with_gates(model, dimension, producers)
+    except Ungated as ungated:
+        return _refusal(str(ungated))
+    for producer, gate in pairs:
+        gates = frozenset() if gate is None else frozenset({gate.value})
+        flow = Flow(model.graph, model.axes, model.wiring, producer, dimension, gates)
         mine = tuple(c for c in consumers if c.input_value in flow.mixing)
         if sorted(c.leaf for c in mine) != sorted({c.leaf for c in consumers}):
             return _refusal("its consumers do not each read the output of one producer operation once")
@@ -108,17 +125,21 @@ def _paths(
         found |= roles(flow)
         accounted |= {meetings[0].op for meetings in flow.met.values()}
         accounted |= {op for ops in flow.counted.values() for op in ops}
+        if gate is not None:
+            biases = {leaf: met for leaf, met in gate.flow.met.items() if leaf not in flow.met}
+            found |= dict.fromkeys(biases, "shift")
+            accounted |= {meetings[0].op for meetings in biases.values()}
         bias = None if producer.bias is None else producer.bias.leaf
         norm, reason = find_norm(flow, model.wiring, model.axes, found, model.names, bias, dimension.size)
         if norm is not None and (len(producers) > 1 or producer.op.stack):
-            reason = "a batch normalisation inside a scan, or behind a kernel that is used more than once"
+            reason = "a batch normalisation inside a scan, behind a gate or a kernel that is used more than once"
         if norm is not None and mine and flow.weights[mine[0].input_value]:
             reason = "its rows are weighted one by one (a mask or a gate?) before or after a batch normalisation"
         if reason:
             return _refusal(reason)
         norms.append(norm)
         try:
-            paths.append(_path(model, producer, mine, flow, dimension))
+            paths.append(_path(model, producer, mine, flow, dimension, gate))
         except Unaligned as unaligned:
             return _refusal(str(unaligned))
     reached = [id(c) for path in paths for c in path.consumers]
@@ -134,7 +155,25 @@ def _paths(
     return "", tuple(paths), found, norms[0]
 
 
-def _path(model: Dimensions, producer: Use, consumers: tuple[Use, ...], flow: Flow, dimension: Atom) -> Path:
+def _with_gates(model: Dimensions, dimension: Atom, producers: Sequence[Use]) -> list[tuple[Use, Gate | None]]:
+    """The products to compute neurons for, each with its gate if the dimension is one of gated units.
+
+    Raises:
+        Ungated: two producers that are no gated unit.
+    """
+    if len({use.leaf for use in producers}) == 1:
+        return [(use, None) for use in producers]
+    return [*pair_up(model.graph, model.axes, model.wiring, producers, dimension)]
+
+
+def _path(
+    model: Dimensions,
+    producer: Use,
+    consumers: tuple[Use, ...],
+    flow: Flow,
+    dimension: Atom,
+    gate: Gate | None,
+) -> Path:
     """The uses of a path with their rows in one order."""
     read = consumers[0].input_value
     pools, weights = flow.pools[read], flow.weights[read]
@@ -145,7 +184,14 @@ def _path(model: Dimensions, producer: Use, consumers: tuple[Use, ...], flow: Fl
         order = [model.axes.samples, *(a for a in producer.rows if a is not None)]
         producer = aligned(producer, order)
         laid = tuple(lay_out_weight(model.axes, weight, producer) for weight in weights)
-        return Path(producer, tuple(aligned(c, order) for c in consumers), None, laid)
+        readers = tuple(aligned(c, order) for c in consumers)
+        if gate is None:
+            return Path(producer, readers, None, laid)
+        if not is_rowwise(producer, [gate.use], ()) or gate.use.op.scans != producer.op.scans:
+            raise Unaligned(f"its gate `{gate.use.leaf}` has other rows than `{producer.leaf}`")
+        return Path(producer, readers, None, laid, aligned(gate.use, order), gate.activation)
+    if gate is not None:
+        raise Unaligned("a gated unit between convolutions or poolings")
     if weights:
         ops = ", ".join(f"`{weight.op.name}`" for weight in weights)
         raise Unaligned(f"its rows are weighted one by one in {ops}, between convolutions or poolings")
@@ -196,13 +242,15 @@ def _tensor(model: Dimensions, use: Use) -> Value:
     return value
 
 
-def _member(model: Dimensions, leaf: int, factor: int, dimension: Atom, found: dict[int, str]) -> Member:
+def _member(
+    model: Dimensions, leaf: int, factor: int, dimension: Atom, found: dict[int, str], gate: str | None
+) -> Member:
     _, sizes, numbers = model.factors[leaf]
     name = model.names[leaf]
     for uses, role in ((model.producing, "fan_in"), (model.consuming, "fan_out")):
         for use in uses.get(dimension, []):
             if use.leaf == name and use.kernel.factors:
-                return Member(_with_slot(use.kernel, factor), role)
+                return Member(_with_slot(use.kernel, factor), "gate" if name == gate else role)
     stack = tuple(f for f, number in enumerate(numbers) if number < model.depth(leaf))
     rest = tuple(f for f in range(len(sizes)) if f not in (*stack, factor))
     return Member(Layout(name, sizes, numbers, factor, stack, rest, (factor,)), found.get(leaf, "other"))

@@ -160,7 +160,7 @@ def score_sites(
     def loss_fn(params: Params, batch: Any) -> Array:
         return objective(model(params, batch), batch)
 
-    found = estimate_batch(loss_fn, params, fitting, sites).statistics
+    found = estimate_batch(loss_fn, params, fitting, sites, num_gates=counts).statistics
     scores = {}
     for index, site in enumerate(sites):
         fit = partial(_fit, method, update, counts[site.name])

@@ -16,9 +16,9 @@ class Member:
 
     Attributes:
         layout: where the slots lie in the leaf.
-        role: `"fan_in"` (kernel of the producer), `"fan_out"` (kernel of a consumer), `"shift"` (added: biases),
-            `"scale"` (multiplies), `"mean"`, `"var"` (running statistics of a normalisation), `"counted"` (which
-            slots a norm of `tinyjax.models` counts).
+        role: `"fan_in"` (kernel of the producer), `"gate"` (kernel of its gate), `"fan_out"` (kernel of a consumer),
+            `"shift"` (added: biases), `"scale"` (multiplies), `"mean"`, `"var"` (running statistics of a
+            normalisation), `"counted"` (which slots a norm of `tinyjax.models` counts).
     """
 
     layout: Layout
@@ -88,6 +88,7 @@ class Site:
         consumers: kernels that contract it.
         stack: lengths of the enclosing scans over layers, outermost first; () for an ordinary site.
         norm: a batch normalisation on the way to the consumers, or None.
+        gate: the kernel whose activation multiplies the producer's output slot by slot (GLU, SwiGLU), or None.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Site:
     consumers: tuple[Kernel, ...]
     stack: tuple[int, ...] = ()
     norm: Norm | None = None
+    gate: Kernel | None = None
 
 
 class Sites(Sequence[Site]):
@@ -152,7 +154,7 @@ class Sites(Sequence[Site]):
             (
                 site.name,
                 " x ".join(map(str, (*site.stack, site.capacity))),
-                _brief(site.producers),
+                _brief(site.producers) + ("" if site.gate is None else f" x {_brief([site.gate])}"),
                 _brief(site.consumers),
                 "yes" if site.growable else f"no: {site.reason}",
             )
@@ -200,6 +202,7 @@ def resized(sites: Iterable[Site], capacities: Mapping[str, int]) -> Sites:
             members=tuple(Member(update(m.layout), m.role) for m in site.members),
             producers=tuple(update_kernel(k) for k in site.producers),
             consumers=tuple(update_kernel(k) for k in site.consumers),
+            gate=None if site.gate is None else update_kernel(site.gate),
         )
         for site in sites
     )

@@ -17,6 +17,7 @@ from tinyjax.dimensions import Dimensions, kernel_atoms
 from tinyjax.judging import Path, judge
 from tinyjax.layout import Params
 from tinyjax.site import Kernel, Site, Sites
+from tinyjax.slots import require_growable
 from tinyjax.trace import Graph, Trace, flatten, trace
 from tinyjax.uses import Use, find_uses
 from tinyjax.wiring import Wiring
@@ -81,6 +82,25 @@ def discover(traced: Trace) -> Discovery:
     judged = [judge(model, dimension) for dimension in sorted(hidden, key=model.first_op)]
     found = _named(model, [*judged, *_single(model)]) + _unseen(model, hidden)
     return Discovery(Sites(site for site, _ in found), {s.name: p for s, p in found if s.growable}, graph, axes)
+
+
+def paths_of(discovery: Discovery, site: Site) -> tuple[Path, ...]:
+    """The paths of a site in this trace.
+
+    Raises:
+        ValueError: the model has no such site, or it cannot grow in this trace.
+    """
+    here = next((s for s in discovery.sites if s.name == site.name), None)
+    if here is None:
+        known = ", ".join(f"`{s.name}`" for s in discovery.sites) or "none"
+        raise ValueError(f"this loss has no site `{site.name}`; its sites are {known}")
+    require_growable(here)
+    if here.members != site.members:
+        raise ValueError(
+            f"site `{site.name}` was found with {site.capacity} slots in leaves of other shapes than these parameters "
+            f"have ({here.capacity} slots). Use the sites that `resize` returned, or call `find_sites` again."
+        )
+    return discovery.paths[site.name]
 
 
 def _single(model: Dimensions) -> list[tuple[Site, tuple[Path, ...]]]:

@@ -1,8 +1,8 @@
 """Which slots of a hidden dimension are used, and the two weight matrices around it.
 
-The parameters alone say how wide a network is: slot j is free when its fan-in, its shifts (biases) and its fan-out are
-all zero, in every layer of a stack. Scales and running statistics do not count, they are inert on a slot that receives
-and emits nothing.
+The parameters alone say how wide a network is: slot j is free when its fan-in (with its gate's, if it has one), its
+shifts (biases) and its fan-out are all zero, in every layer of a stack. Scales and running statistics do not count,
+they are inert on a slot that receives and emits nothing.
 """
 
 import math
@@ -19,7 +19,7 @@ from tinyjax.site import Kernel, Site, Sites
 
 T = TypeVar("T")
 
-COUNTED = ("fan_in", "shift", "fan_out")
+COUNTED = ("fan_in", "gate", "shift", "fan_out")
 """Roles whose entries decide whether a slot is used."""
 
 NEUTRAL = {"scale": 1, "var": 1}
@@ -31,7 +31,7 @@ output of an empty slot at zero in evaluation mode.
 
 
 def free_slots(params: Params, site: Site) -> Bool[Array, " capacity"]:
-    """Which slots are empty: fan-in, shifts and fan-out all zero, in every layer of a stack.
+    """Which slots are empty: fan-in, gate, shifts and fan-out all zero, in every layer of a stack.
 
     Args:
         params: the parameters the site was found in.
@@ -114,9 +114,14 @@ def require_growable(site: Site) -> None:
         raise ValueError(f"site `{site.name}` cannot grow: a slot is several columns of the producer `{producer.leaf}`")
 
 
+def gates(site: Site) -> tuple[Kernel, ...]:
+    """The kernel of the gate, if there is one."""
+    return () if site.gate is None else (site.gate,)
+
+
 def site_leaves(params: Params, site: Site) -> dict[str, Array]:
     """The leaves of a site by path, checked for presence, shape and dtype."""
-    kernels = (*site.producers, *site.consumers)
+    kernels = (*site.producers, *site.consumers, *gates(site))
     layouts: list[Layout] = [m.layout for m in site.members] + [k.layout for k in kernels]
     layouts += [k.bias for k in kernels if k.bias is not None]
     leaves = require_leaves(params, [layout.leaf for layout in layouts])

@@ -79,6 +79,9 @@ class Statistics:
         null: sign-flipped sums, or None when they were not asked for.
         offset_gram: (2, O, D, O, D) sum over output pixels of what two kernel offsets read of b_prev, or None when it
             was not asked for.
+        gates: (B, C) for a gated unit the fan-ins of C new gates, bias row last iff the gate has one; D then counts C
+            blocks side by side, b_prev = [g(beta_c' x) x for every gate beta_c], and `weight_prev` has the rows of one.
+            None elsewhere.
     """
 
     count: Array
@@ -99,6 +102,7 @@ class Statistics:
     cross_asked: Array | None = None
     null: Null | None = None
     offset_gram: Array | None = None
+    gates: Array | None = None
 
 
 class Moments(NamedTuple):
@@ -156,8 +160,9 @@ def merge_over(statistics: Statistics, axis_name: str | tuple[str, ...]) -> Stat
         >>> specs = dict(in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
         >>> statistics = jax.jit(jax.shard_map(on_a_device, mesh=mesh, **specs))(params, batch)
     """
-    if statistics.link is None:
-        raise ValueError("this site is too wide for its statistics to be added: let `jit` shard the batch instead")
+    if statistics.link is None or statistics.gates is not None:
+        why = "searches its gates anew on every device" if statistics.link is not None else "is too wide"
+        raise ValueError(f"this site {why}, so that its statistics cannot be added: let `jit` shard the batch instead")
     added = _replace_sums(statistics, lambda name: jax.lax.psum(getattr(statistics, name), axis_name))
     return dataclasses.replace(added, ridge=None, ridge_update=None)
 
@@ -188,6 +193,26 @@ def keep_halves(statistics: Statistics, kept: Array) -> Statistics:
         return jnp.where(kept.reshape(2, *[1] * (x.ndim - 1)), x, 0)
 
     return _replace_sums(statistics, lambda name: jax.tree.map(keep, getattr(statistics, name)))
+
+
+def one_gate(statistics: Statistics, index: int | Array) -> Statistics:
+    """The statistics of a gated unit for one of its gates alone: an ordinary record."""
+    if statistics.gates is None:
+        return statistics
+    size = statistics.gram_prev.shape[-1] // statistics.gates.shape[-1]
+
+    def block(x: Array | None, axis: int) -> Array | None:
+        return None if x is None else jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=x.ndim + axis)
+
+    return dataclasses.replace(
+        statistics,
+        gram_prev=block(block(statistics.gram_prev, -1), -2),
+        cross_prev=block(statistics.cross_prev, -2),
+        link=block(statistics.link, -2),
+        cross_asked=block(statistics.cross_asked, -2),
+        gates=None,
+        null=None,
+    )
 
 
 def _replace_sums(statistics: Statistics, value: Callable[[str], Array | None]) -> Statistics:

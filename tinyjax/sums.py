@@ -2,18 +2,21 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.capture import Captured
+from tinyjax.capture import Captured, capture
 from tinyjax.judging import Path
 from tinyjax.layout import Layout, Params
+from tinyjax.linalg import matmul
 from tinyjax.patches import Sums, conv_sums
 from tinyjax.site import Site
 from tinyjax.slots import consumers_have_bias, matrices, width
 from tinyjax.statistics import Null, Statistics
+from tinyjax.trace import Trace
 from tinyjax.uses import Use
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -25,6 +28,57 @@ def null_signs(draws: int, first: Array | int, num_samples: int) -> Array:
     return jax.vmap(lambda key: jax.random.rademacher(key, (draws,), jnp.float32))(keys).T
 
 
+class Rows(NamedTuple):
+    """What one path captured, in matching rows.
+
+    Attributes:
+        x: (*stack, rows, D) input of the producer, without the constant.
+        h: (*stack, rows, H) input of the consumers.
+        v: (*stack, rows, M) V_goal, consumers side by side.
+        weight: (*stack, rows, 1) factor of the rows of x and the constant beside it, or None.
+        gating: (*stack, rows, B) input of the gate, the constant last iff it has a bias; or None.
+    """
+
+    x: Array
+    h: Array
+    v: Array
+    weight: Array | None
+    gating: Array | None
+
+
+def capture_paths(traced: Trace, params: Params, batch: Any, paths: Sequence[Path]) -> Captured:
+    """What the rows of all these paths need, in one forward and one backward pass."""
+    producers = [path.producer for path in paths] + [path.gate for path in paths if path.gate is not None]
+    consumers = [consumer for path in paths for consumer in path.consumers]
+    return capture(
+        traced,
+        jax.tree.leaves((params, batch)),
+        _distinct(producers + consumers),
+        _distinct(consumers),
+        {weight.address: weight.operand for path in paths for weight in path.weights},
+    )
+
+
+def _distinct(uses: Sequence[Use]) -> list[Use]:
+    return list({use.op.path: use for use in uses}.values())
+
+
+def path_rows(site: Site, path: Path, captured: Captured, num_samples: int) -> Rows:
+    """The rows of one path, in float32 at least."""
+    x = _matrix(path.producer.inputs, captured.inputs[path.producer.op.path])
+    first = path.consumers[0]
+    h = _matrix(first.inputs, captured.inputs[first.op.path])
+    goals = [_matrix(c.outputs, captured.gradients[c.op.path]) for c in _in_order(path, site)]
+    v = -num_samples * jnp.concatenate(goals, axis=-1)
+    columns = [weight.column(captured.inputs[weight.address]).astype(x.dtype) for weight in path.weights]
+    weight = functools.reduce(jnp.multiply, columns) if columns else None
+    gating = None
+    if path.gate is not None and site.gate is not None:
+        gating = _matrix(path.gate.inputs, captured.inputs[path.gate.op.path])
+        gating = with_constant(gating, site.gate.bias is not None)
+    return Rows(x, h, v, weight, gating)
+
+
 def site_sums(
     params: Params,
     site: Site,
@@ -34,15 +88,17 @@ def site_sums(
     energy_matrix: bool,
     signs: Array | None = None,
     offset_gram: bool = False,
+    gates: Array | None = None,
 ) -> Statistics:
     """The record of one site from what its paths captured; a leaf used twice adds its rows.
 
-    With `signs` (R, n) also its null sums.
+    With `signs` (R, n) also its null sums. With `gates` (*stack, B, C), the record of a gated unit for these gates;
+    without, as if its gate were 1.
 
     Raises:
         ValueError: for a kernel used more than once at a site too wide for its `link` to be kept.
     """
-    parts = [_path_sums(site, path, captured, num_samples, energy_matrix, signs, offset_gram) for path in paths]
+    parts = [_path_sums(site, path, captured, num_samples, energy_matrix, signs, offset_gram, gates) for path in paths]
     if len(parts) > 1 and any(part.link is None for part in parts):
         raise ValueError(f"site `{site.name}` is too wide for a kernel that is used {len(parts)} times")
     total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
@@ -56,6 +112,7 @@ def site_sums(
         width=jnp.broadcast_to(width(params, site), site.stack),
         bias_prev=site.producers[0].bias is not None,
         bias=consumers_have_bias(site),
+        gates=gates,
     )
 
 
@@ -67,17 +124,15 @@ def _path_sums(
     energy_matrix: bool,
     signs: Array | None,
     offset_gram: bool,
+    gates: Array | None,
 ) -> Sums:
     """The sums of one path: rows with rows, or images through their windows."""
-    x = _matrix(path.producer.inputs, captured.inputs[path.producer.op.path])
-    first = path.consumers[0]
-    h = _matrix(first.inputs, captured.inputs[first.op.path])
-    goals = [_matrix(c.outputs, captured.gradients[c.op.path]) for c in _in_order(path, site)]
-    v = -num_samples * jnp.concatenate(goals, axis=-1)
+    x, h, v, weight, gating = path_rows(site, path, captured, num_samples)
     bias_prev, bias = site.producers[0].bias is not None, consumers_have_bias(site)
     if path.geometry is None:
-        columns = [weight.column(captured.inputs[weight.address]).astype(x.dtype) for weight in path.weights]
-        weight = functools.reduce(jnp.multiply, columns) if columns else None
+        if gates is not None and gating is not None and path.activation is not None:
+            opened = path.activation(matmul(gating, gates.astype(x.dtype)))
+            weight = opened if weight is None else weight * opened
         return row_sums(
             x,
             h,
@@ -121,10 +176,11 @@ def row_sums(
 ) -> Sums:
     """The sums of a pair of matrix products: x `(*stack, rows, D)`, h `(*stack, rows, H)`, v `(*stack, rows, Q)`.
 
-    A `weight` `(*stack, rows, 1)` multiplies the rows of x and the constant beside it.
+    A `weight` `(*stack, rows, C)` multiplies the rows of x and the constant beside it, C times side by side.
     """
-    b_prev, b = _with_constant(x, bias_prev), _with_constant(h, bias)
-    b_prev = b_prev if weight is None else weight * b_prev
+    b_prev, b = with_constant(x, bias_prev), with_constant(h, bias)
+    if weight is not None:
+        b_prev = (weight[..., :, None] * b_prev[..., None, :]).reshape(*b_prev.shape[:-1], -1)
     null = None if signs is None else _null_sums(b_prev, b, _halves(v, num_samples), signs)
     b_prev, b, v = (_halves(array, num_samples) for array in (b_prev, b, v))
     gram_prev = _gram(b_prev, b_prev)
@@ -169,7 +225,8 @@ def _matrix(layout: Layout, array: Array) -> Array:
     return layout.to_matrix(array).astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _with_constant(x: Array, bias: bool) -> Array:
+def with_constant(x: Array, bias: bool) -> Array:
+    """Rows with the constant 1 last, if there is a bias."""
     return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1) if bias else x
 
 

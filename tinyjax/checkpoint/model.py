@@ -30,6 +30,7 @@ def site_from_json(node: Json) -> Site:
             consumers=tuple(map(_kernel, node["consumers"])),
             stack=tuple(node["stack"]),
             norm=None if node["norm"] is None else Norm(**node["norm"]),
+            gate=None if node["gate"] is None else _kernel(node["gate"]),
         )
     )
 

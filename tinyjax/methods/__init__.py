@@ -19,6 +19,7 @@ from tinyjax.methods.gains import refit as refit
 from tinyjax.methods.gains import refit_fan_in as refit_fan_in
 from tinyjax.methods.gains import refit_fan_out as refit_fan_out
 from tinyjax.methods.gains import update_gain as update_gain
+from tinyjax.methods.gate_search import find_gates as find_gates
 from tinyjax.methods.gradmax import gradmax as gradmax
 from tinyjax.methods.gradmax import redundancy as redundancy
 from tinyjax.methods.gradmax_dual import gradmax_dual as gradmax_dual

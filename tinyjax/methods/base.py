@@ -3,13 +3,15 @@
 A method is a pure function `method(statistics, *, num_neurons, key=None) -> Neurons`. It sees sums, never a network.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.statistics import Moments
+from tinyjax.methods.gated import gate_by_gate
+from tinyjax.statistics import Moments, Statistics
 
 Method = Callable[..., "Neurons"]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -24,16 +26,19 @@ class Neurons(NamedTuple):
         singular_values: (k,) descending; 0 for neurons beyond the rank, whose alpha and omega are zero.
         delta: (H, M) an update of the consumer that belongs to the neurons and is applied with their amplitude, or
             None.
+        gate: (B, k) fan-in of the gates of gated units, which no amplitude scales; None elsewhere. With one, `alpha`
+            has a block of rows for every gate of the statistics, and neuron k reads through block k alone.
     """
 
     alpha: Array
     omega: Array
     singular_values: Array
     delta: Array | None = None
+    gate: Array | None = None
 
 
 def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]:
-    """Declares on a method what its callers must know.
+    """Declares on a method what its callers must know, and lets it grow gated units, one gate after the other.
 
     Args:
         function_preserving: adding the neurons changes no output of the network, so the loss says nothing about their
@@ -42,8 +47,15 @@ def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]
     """
 
     def declare(method: _F) -> _F:
-        vars(method).update(function_preserving=function_preserving, stochastic=stochastic)
-        return method
+        @functools.wraps(method)
+        def method_of_any(statistics: Statistics, *, num_neurons: int, key: Array | None = None, **options: Any) -> Any:
+            one = functools.partial(method, **options)
+            if statistics.gates is None:
+                return one(statistics, num_neurons=num_neurons, key=key)
+            return gate_by_gate(one, statistics, num_neurons=require_count(num_neurons), key=key)
+
+        vars(method_of_any).update(function_preserving=function_preserving, stochastic=stochastic)
+        return cast(_F, method_of_any)
 
     return declare
 

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from tinyjax.linalg import inner, matmul, solve
 from tinyjax.methods.base import Neurons
+from tinyjax.methods.gated import own_blocks
 from tinyjax.methods.ridge import held_out
 from tinyjax.methods.update import Ridge, residual_cross, resolve
 from tinyjax.statistics import Moments, Statistics, half, keep_half, moments
@@ -149,7 +150,8 @@ def refit_fan_in(
 
     def best() -> Array:
         reached = solve(mean.gram_prev, matmul(cross, omega.T), resolve(ridge, statistics))
-        return solve(matmul(omega, omega.T), reached.T).T
+        alpha = solve(matmul(omega, omega.T), reached.T).T
+        return alpha if statistics.gates is None else jnp.where(own_blocks(alpha), alpha, 0)
 
     # A branch: factoring S is dear, and few methods are born without a fan-in.
     return neurons._replace(alpha=jax.lax.cond(jnp.any(neurons.alpha != 0), lambda: neurons.alpha, best))

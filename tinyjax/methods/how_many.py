@@ -49,6 +49,8 @@ def significant(statistics: Statistics, *, level: float = 0.05, ridge: Ridge = 1
     Reference: Hemerik, Goeman and Finos, Robust testing in generalized linear models by sign flipping score
     contributions, JRSS B 2020.
     """
+    if statistics.gates is not None:
+        raise ValueError("`significant` knows no null for gated units: their gates were chosen on the same samples")
     mean = moments(statistics)
     if mean.null is None:
         raise ValueError("`significant` needs null draws: ask `estimate` or `make_grow_step` for `null_draws=19`")

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from tinyjax.linalg import cholesky_solve, correlation, inner, matmul, solve
 from tinyjax.methods.update import residual_cross
-from tinyjax.statistics import Moments, Statistics, half
+from tinyjax.statistics import Moments, Statistics, half, one_gate
 
 _EXPONENTS = [e / 2 for e in range(-16, 9)]  # half decades; above 10^4 no direction changes any more
 _START = _EXPONENTS.index(0.0)  # the middle of the best ridges measured
@@ -64,6 +64,7 @@ def held_out(statistics: Statistics) -> Array:
     """
     if statistics.ridge is not None:
         return statistics.ridge
+    statistics = one_gate(statistics, 0)  # neurons are fitted gate by gate
     update_ridge = held_out_update(statistics)
 
     def fold(a: Moments, b: Moments) -> Fold:

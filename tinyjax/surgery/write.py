@@ -19,6 +19,7 @@ from tinyjax.slots import (
     cols,
     consumers_have_bias,
     free_slots,
+    gates,
     per_site,
     require_growable,
     rows,
@@ -34,6 +35,8 @@ class NewNeurons(Protocol):
         alpha: `(*stack, D, k)` fan-in, bias row last iff the producer has a bias.
         omega: `(*stack, k, Q)` fan-out, columns of the consumers side by side, each ordered (output, kernel offset).
         delta: `(*stack, H, M)` update of the consumers that belongs to these neurons, or None.
+        gate: `(*stack, B, k)` fan-in of their gates at a site of gated units, whose `alpha` may have several blocks of
+            D rows, of which each neuron uses one; else None.
     """
 
     @property
@@ -42,6 +45,8 @@ class NewNeurons(Protocol):
     def omega(self) -> Array: ...  # noqa: D102
     @property
     def delta(self) -> Array | None: ...  # noqa: D102
+    @property
+    def gate(self) -> Array | None: ...  # noqa: D102
 
 
 def thin(params: Params, sites: Sites | Site, width: int | Mapping[str, int]) -> Params:
@@ -100,10 +105,10 @@ def write(
 ) -> tuple[Params, Bool[Array, " capacity"]]:
     r"""Writes neuron k into the k-th free slot and updates the consumers: $a \to a + \gamma (V(\theta) + V(\delta))$.
 
-    Fan-in and fan-out are scaled by $\sqrt\gamma$ each, `delta` by $\gamma$ (section 3.2). Used slots are never
-    overwritten: with too few free slots only the first neurons are written. A neuron whose (scaled) fan-in and fan-out
-    are both zero writes nothing and its slot stays free. `delta` reaches the rows of slots that were in use, and the
-    biases. Dtypes are kept; everything may be traced.
+    Fan-in and fan-out are scaled by $\sqrt\gamma$ each, `delta` by $\gamma$ (section 3.2), gates by nothing. Used slots
+    are never overwritten: with too few free slots only the first neurons are written. A neuron whose (scaled) fan-in
+    and fan-out are both zero writes nothing and its slot stays free. `delta` reaches the rows of slots that were in
+    use, and the biases. Dtypes are kept; everything may be traced.
 
     Args:
         params: the parameters the site was found in.
@@ -139,16 +144,15 @@ def write(
     rank = jnp.cumsum(free) - 1  # slot j, if free, is the rank-th free one: it takes neuron number rank
     written = free & (rank < num_neurons) & (rank < (num_neurons if limit is None else limit))
     index = jnp.clip(rank, 0, num_neurons - 1)
-    fan_in, fan_out = _in_slots(neurons, index, jnp.asarray(amplitude, neurons.alpha.dtype))
+    fan_in, fan_out = _in_slots(site, neurons, index, jnp.asarray(amplitude, neurons.alpha.dtype))
     fan_in = fan_in.astype(leaves[producer.leaf].dtype)
     fan_out = fan_out.astype(leaves[site.consumers[0].leaf].dtype)
     written &= _nonzero(fan_in, -1) | _nonzero(fan_out, -2)
 
-    depth = rows(producer)
-    leaves[producer.leaf] = _paste(producer.layout, leaves[producer.leaf], fan_in[..., :depth, :], written)
-    if producer.bias is not None:
-        leaf = producer.bias.leaf
-        leaves[leaf] = _paste(producer.bias, leaves[leaf], fan_in[..., depth:, :], written)
+    leaves |= _fanned_in(leaves, producer, fan_in, written)
+    if site.gate is not None and neurons.gate is not None:
+        gate = jnp.take(neurons.gate, index, axis=-1).astype(leaves[site.gate.leaf].dtype)
+        leaves |= _fanned_in(leaves, site.gate, gate, written)
     first = 0
     for kernel in site.consumers:
         matrix = _fan_out_matrix(kernel.layout, fan_out[..., first : first + _fan_out_size(kernel)])
@@ -197,10 +201,21 @@ def _updated(
     return new
 
 
-def _in_slots(neurons: NewNeurons, index: Array, amplitude: Array) -> tuple[Array, Array]:
+def _fanned_in(leaves: Mapping[str, Array], kernel: Kernel, fan_in: Array, written: Array) -> dict[str, Array]:
+    """The leaves of a producer with the columns of the written slots replaced, bias row last iff it has a bias."""
+    depth = rows(kernel)
+    new = {kernel.leaf: _paste(kernel.layout, leaves[kernel.leaf], fan_in[..., :depth, :], written)}
+    if kernel.bias is not None:
+        new[kernel.bias.leaf] = _paste(kernel.bias, leaves[kernel.bias.leaf], fan_in[..., depth:, :], written)
+    return new
+
+
+def _in_slots(site: Site, neurons: NewNeurons, index: Array, amplitude: Array) -> tuple[Array, Array]:
     """Scaled fan-in `(*stack, D, C)` and fan-out `(*stack, C, Q)` by slot, `index` being the neuron of each slot."""
-    root = jnp.sqrt(amplitude)
-    fan_in = jnp.take(root * neurons.alpha, index, axis=-1)
+    root, alpha = jnp.sqrt(amplitude), neurons.alpha
+    if site.gate is not None:  # every neuron reads through its own block alone
+        alpha = jnp.sum(alpha.reshape(*alpha.shape[:-2], -1, _inputs(site.producers[0]), alpha.shape[-1]), axis=-3)
+    fan_in = jnp.take(root * alpha, index, axis=-1)
     return fan_in, jnp.take(root.astype(neurons.omega.dtype) * neurons.omega, index, axis=-2)
 
 
@@ -259,8 +274,8 @@ def _birth_values(
     site: Site, leaves: Mapping[str, Array], written: Array, index: Array, birth: Mapping[str, ArrayLike]
 ) -> dict[str, Array]:
     """Scales, shifts and running statistics of the slots just written."""
-    bias = site.producers[0].bias
-    kernels = {k.leaf for k in (*site.producers, *site.consumers)} | ({bias.leaf} if bias is not None else set())
+    fans = (*site.producers, *site.consumers, *gates(site))
+    kernels = {k.leaf for k in fans} | {k.bias.leaf for k in (*site.producers, *gates(site)) if k.bias is not None}
     vectors = {m.leaf: m for m in site.members if m.leaf not in kernels}
     for leaf in birth:
         if leaf not in vectors:
@@ -276,6 +291,11 @@ def _birth_values(
     return new
 
 
+def _inputs(kernel: Kernel) -> int:
+    """Rows of a producer's matrix, the bias counted."""
+    return rows(kernel) + (kernel.bias is not None)
+
+
 def _update_shape(site: Site) -> tuple[int, ...]:
     hidden = {rows(kernel) + consumers_have_bias(site) for kernel in site.consumers}
     return (*site.stack, *hidden, sum(cols(kernel) for kernel in site.consumers))
@@ -286,13 +306,21 @@ def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
     num_neurons = neurons.alpha.shape[-1]
     if num_neurons < 1:
         raise ValueError(f"no neurons to write at site `{site.name}`: `alpha` has shape {neurons.alpha.shape}")
-    inputs = rows(producer) + (producer.bias is not None)
+    if (site.gate is None) != (neurons.gate is None):
+        has = "gated units and needs neurons with a `gate`" if site.gate is not None else "no gate, but the neurons do"
+        raise ValueError(f"site `{site.name}` has {has}: take neurons from statistics of this site")
+    inputs = _inputs(producer)
     outputs = sum(_fan_out_size(kernel) for kernel in site.consumers)
     expected: dict[str, tuple[int, ...]] = {
         "alpha": (*site.stack, inputs, num_neurons),
         "omega": (*site.stack, num_neurons, outputs),
     }
     got = {"alpha": neurons.alpha.shape, "omega": neurons.omega.shape}
+    if site.gate is not None and neurons.gate is not None:
+        if neurons.alpha.ndim == len(site.stack) + 2 and neurons.alpha.shape[-2] % inputs == 0:
+            expected["alpha"] = (*site.stack, *neurons.alpha.shape[-2:])  # one block of rows or several
+        expected["gate"] = (*site.stack, _inputs(site.gate), num_neurons)
+        got["gate"] = neurons.gate.shape
     if delta is not None:
         expected["delta"] = _update_shape(site)
         got["delta"] = delta.shape

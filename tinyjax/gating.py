@@ -1,0 +1,163 @@
+"""Gated units: two products of the same shape that multiply, one of them through an activation (GLU, SwiGLU, GEGLU).
+
+A unit of such a layer is omega g(beta'x)(mu'x). Given its gate beta it is an ordinary neuron that reads g(beta'x) x.
+The operand nearest to a plain product is the one that new neurons are computed for, the other is their gate.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.atoms import Atom
+from tinyjax.axes import Axes
+from tinyjax.flow import ROW_BY_ROW, Flow
+from tinyjax.rules import ELEMENTWISE
+from tinyjax.trace import Graph, Op, Value
+from tinyjax.uses import Use
+from tinyjax.wiring import Wiring, is_view
+
+
+class Gate(NamedTuple):
+    """What multiplies the output of a product, slot by slot.
+
+    Attributes:
+        use: the gate's own product.
+        flow: of that product, up to the multiplication and beyond.
+        value: the operand of the multiplication.
+        activation: elementwise, from the gate's pre-activation (its bias added) to the factor.
+    """
+
+    use: Use
+    flow: Flow
+    value: Value
+    activation: Callable[[Array], Array]
+
+
+class Ungated(ValueError):
+    """Two producers that are no gated unit; the message says why."""
+
+
+def pair_up(
+    graph: Graph, axes: Axes, wiring: Wiring, producers: Sequence[Use], dimension: Atom
+) -> list[tuple[Use, Gate]]:
+    """The products that new neurons are computed for, each with its gate.
+
+    Args:
+        graph: of the model.
+        axes: of its tensors.
+        wiring: of its values.
+        producers: the products that write the dimension, with two kernels between them.
+        dimension: the hidden dimension.
+
+    Raises:
+        Ungated: with the reason.
+    """
+    flows = [Flow(graph, axes, wiring, use, dimension) for use in producers]
+    pairs, left = [], list(range(len(producers)))
+    while left:
+        first = left.pop(0)
+        meetings = {second: _meeting(graph, flows[first], flows[second]) for second in left}
+        partners = [second for second, op in meetings.items() if op is not None]
+        if len(partners) != 1 or producers[first].leaf == producers[partners[0]].leaf:
+            raise Ungated("2 producers (a residual stream or a gated unit)")
+        (second,) = partners
+        left.remove(second)
+        pairs.append(_ordered(graph, wiring, meetings[second], *((producers[i], flows[i]) for i in (first, second))))
+    if len({use.leaf for use, _ in pairs}) > 1:
+        raise Ungated("2 producers, each of which gates the other")
+    return pairs
+
+
+def _meeting(graph: Graph, a: Flow, b: Flow) -> Op | None:
+    """The first operation in which two products meet."""
+    for op in graph.ops:
+        if any(v in a.mixing and v not in b.mixing for v in op.ins) and any(
+            v in b.mixing and v not in a.mixing for v in op.ins
+        ):
+            return op
+    return None
+
+
+def _ordered(
+    graph: Graph, wiring: Wiring, op: Op | None, one: tuple[Use, Flow], other: tuple[Use, Flow]
+) -> tuple[Use, Gate]:
+    """Which of two products is the gate of the other."""
+    assert op is not None
+    if op.name != "mul":
+        raise Ungated(f"2 producers, which meet in `{op.name}` (a residual stream?)")
+    sides = []
+    for use, flow in (one, other):
+        (value,) = (v for v in op.ins if v in flow.mixing)
+        if flow.mixing[value] != ROW_BY_ROW:
+            raise Ungated(f"2 producers (a gated unit?); of `{use.leaf}`: {flow.mixing[value]}")
+        if flow.pools[value] or flow.weights[value] or flow.modulated or flow.counted:
+            raise Ungated(f"2 producers (a gated unit?), and more than an activation behind `{use.leaf}`")
+        silent = (empty := flow.empty.get(value)) is not None and float(empty) == 0
+        sides.append(((not silent, flow.degree.get(value) != 1), use, flow, value))
+    if all(side[0][0] for side in sides):
+        raise Ungated("an empty neuron is not silent: neither factor of the gated unit is 0 at 0")
+    (_, up, _, _), (_, gate, flow, value) = sides if sides[0][0] <= sides[1][0] else sides[::-1]
+    _require_single_meeting(graph, op, one[1], other[1])
+    return up, Gate(gate, flow, value, _activation(wiring, gate, value))
+
+
+def _require_single_meeting(graph: Graph, meeting: Op, a: Flow, b: Flow) -> None:
+    """The two flows must become one through the multiplication alone."""
+    for op in graph.ops:
+        one_sided = any((v in a.mixing) != (v in b.mixing) for v in op.ins)
+        if one_sided and op is not meeting and any(v in a.mixing and v in b.mixing for v in op.outs):
+            raise Ungated(f"2 producers, which meet again in `{op.name}` (a highway?)")
+
+
+def _activation(wiring: Wiring, gate: Use, end: Value) -> Callable[[Array], Array]:
+    """What lies between a gate's pre-activation and the multiplication, as an elementwise function.
+
+    Raises:
+        Ungated: something else than elementwise operations of the pre-activation and constants.
+    """
+    (start,) = gate.op.outs
+    order: list[tuple[Op, tuple[Any, ...]]] = []  # operations in order, their operands as values or constants
+    done = {start}
+
+    def visit(value: Value) -> None:
+        if value in done or value.const is not None or value in wiring.views:
+            return
+        op = wiring.made_by.get(value)
+        view = op is not None and (is_view(op) or op.name == "broadcast_in_dim")
+        if op is None or not (view or op.name in ELEMENTWISE):
+            raise Ungated("2 producers (a gated unit whose gate depends on something else?)")
+        for source in op.ins:
+            found = wiring.vector(source)
+            if found is not None and (gate.bias is None or op.name not in ("add", "add_any")):
+                raise Ungated("2 producers (a gated unit whose gate has parameters of its own besides the bias?)")
+            visit(source)
+        done.add(value)
+        order.append((op, op.ins))
+
+    visit(end)
+
+    def scalar(z: Array) -> Array:
+        values: dict[Value, Any] = {start: z.astype(start.dtype)}
+
+        def read(value: Value) -> Any:
+            if value in values:
+                return values[value]
+            return jnp.asarray(0 if value.const is None else value.const, value.dtype)  # the bias is in z already
+
+        for op, ins in order:
+            values[op.outs[0]] = _apply(op, [read(v) for v in ins])
+        return values[end].astype(z.dtype)
+
+    return jnp.vectorize(scalar)
+
+
+def _apply(op: Op, operands: Sequence[Any]) -> Any:
+    """An elementwise operation on scalars."""
+    if op.name == "convert_element_type":
+        return operands[0].astype(op.outs[0].dtype)
+    if is_view(op) or op.name == "broadcast_in_dim":
+        return operands[0]
+    assert op.eqn is not None
+    return op.eqn.primitive.bind(*operands, **op.params)
