@@ -151,7 +151,7 @@ def refit_fan_in(
     def best() -> Array:
         reached = solve(mean.gram_prev, matmul(cross, omega.T), resolve(ridge, statistics))
         alpha = solve(matmul(omega, omega.T), reached.T).T
-        return alpha if statistics.gates is None else jnp.where(own_blocks(alpha), alpha, 0)
+        return alpha if statistics.gates is None else jnp.where(own_blocks(alpha, statistics.gates.shape[-1]), alpha, 0)
 
     # A branch: factoring S is dear, and few methods are born without a fan-in.
     return neurons._replace(alpha=jax.lax.cond(jnp.any(neurons.alpha != 0), lambda: neurons.alpha, best))

@@ -73,10 +73,10 @@ def gate_by_gate(
     )
 
 
-def own_blocks(alpha: Array) -> Array:
-    """Which rows of `alpha` (C D, k), C blocks, a neuron reads through: (C D, k) booleans, neuron j through block j."""
+def own_blocks(alpha: Array, count: int) -> Array:
+    """Which rows of `alpha` (count D, k) a neuron reads through: booleans, neuron j through block j."""
     num_inputs, num_neurons = alpha.shape
-    return jnp.arange(num_inputs)[:, None] // (num_inputs // num_neurons) == jnp.arange(num_neurons)
+    return jnp.arange(num_inputs)[:, None] // (num_inputs // count) == jnp.arange(num_neurons)
 
 
 def _fan_out(mean: Moments, alpha: Array, delta: Array) -> Array:
