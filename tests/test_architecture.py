@@ -12,7 +12,7 @@ LEVELS = [
     ["site", "trace", "methods", "correlations"],
     ["rules", "wiring", "slots", "scaling", "schedule", "costs", "shifts"],
     ["axes", "brakes", "surgery", "pair"],
-    ["uses", "separable", "averaging", "optimizer", "patches"],
+    ["uses", "separable", "averaging", "optimizer", "patches", "twins"],
     ["capture", "flow", "geometry"],
     ["norms", "dimensions", "rowweights", "gating"],
     ["judging"],

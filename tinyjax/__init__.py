@@ -103,3 +103,5 @@ from tinyjax.training import Record as Record
 from tinyjax.training import fit as fit
 from tinyjax.training import train_epoch as train_epoch
 from tinyjax.training import train_step as train_step
+from tinyjax.twins import better_twins as better_twins
+from tinyjax.twins import twin_slopes as twin_slopes

@@ -48,6 +48,7 @@ class Recipe(NamedTuple):
     amplitude: Amplitude
     update_amplitude: Amplitude
     fill: Method | None
+    orient: Callable[..., Neurons] | None
 
     def loss(self, params: Params, batch: Any) -> Array:
         """The loss without aux."""
@@ -99,6 +100,8 @@ def grow_site(
     unit = partial(_polyak, loss_before)
     params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before, unit(slopes.update))
 
+    if recipe.orient is not None:
+        neurons = recipe.orient(recipe.loss, params, parts.estimation, site, neurons)
     norm_at = _birth(recipe, site, parts, params, neurons)
 
     def grown(gamma: Array) -> tuple[Params, Array]:

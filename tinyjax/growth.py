@@ -23,6 +23,7 @@ from tinyjax.layout import Params
 from tinyjax.methods import (
     HowMany,
     Method,
+    Neurons,
     Squares,
     best_update,
     held_out_update,
@@ -40,6 +41,7 @@ from tinyjax.statistics import Statistics
 from tinyjax.surgery import Trainable, everything
 from tinyjax.trace import batch_size, trace
 
+Orient = Callable[..., Neurons]
 held_out_best_update = partial(best_update, ridge=held_out_update)
 
 
@@ -53,6 +55,7 @@ def make_grow_step(
     amplitude: Amplitude | None = None,
     update_amplitude: Amplitude = trusted_search,
     fill: Method | None = random0,
+    orient: Orient | None = None,
     optimizer: Any = None,
     trainable: Trainable = everything,
     has_aux: bool = False,
@@ -79,6 +82,8 @@ def make_grow_step(
         amplitude: of the neurons; default `line_search`, or 1 for a method that keeps the function.
         update_amplitude: of the update; by default `trusted_search`, an early stop.
         fill: a method that keeps the function, for the slots left empty; None leaves them empty.
+        orient: which of a neuron and its twin to add, `better_twins` by their slopes in the real network (ReLU tells
+            them apart); None takes them as the method gives them.
         optimizer: an Optax optimizer whose state travels along; newborn slots start afresh (wrap it in `with_birth`).
         trainable: the part of the parameters that the optimizer sees.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
@@ -109,7 +114,7 @@ def make_grow_step(
     if amplitude is None:
         amplitude = fixed(1.0) if is_function_preserving(method) else line_search
 
-    recipe = Recipe(loss_fn, has_aux, method, update, amplitude, update_amplitude, fill)
+    recipe = Recipe(loss_fn, has_aux, method, update, amplitude, update_amplitude, fill, orient)
 
     def statistics_of(params: Params, batch: Any) -> dict[str, Statistics]:
         found = estimate_batch(
