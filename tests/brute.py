@@ -57,8 +57,9 @@ def inspect(model: Any, slope: float = 1.0) -> dict[str, Report]:
             variants.append(start)
             (producer,) = site.producers
             ka, ko = jax.random.split(k)
+            layers = [producer.layout.factors[f] for f in producer.layout.stack]
             alpha = jax.random.normal(
-                ka, (*site.stack, rows(producer) + (producer.bias is not None), 1), start_dtype(params)
+                ka, (*layers, rows(producer) + (producer.bias is not None), 1), start_dtype(params)
             )
             fan_out = sum(rows(c) // site.capacity * cols(c) for c in site.consumers)
             omega = jax.random.normal(ko, (*site.stack, 1, fan_out), start_dtype(params))
@@ -97,7 +98,10 @@ def inspect(model: Any, slope: float = 1.0) -> dict[str, Report]:
         record = jax.tree.map(lambda x, at=first: x[at], stats[site.name])
         n = record.count.reshape(-1, 2)[0].sum()
         moment = record.cross_prev.sum(axis=-3) / n
-        expected = -slope * np.sum((np.swapaxes(alpha, -1, -2) @ moment) * omega)
+        if record.heads is None:
+            expected = -slope * np.sum((np.swapaxes(alpha, -1, -2) @ moment) * omega)
+        else:
+            expected = -slope * in_heads(alpha, moment, omega)
         rate = [(losses[first + 4] - base) / STEP, (losses[first + 5] - base) / (STEP / 2)]
         found = 2 * rate[1] - rate[0]
         scale = np.sqrt(np.sum(alpha**2) * np.sum(omega**2)) * np.sqrt(np.sum(moment**2))
@@ -113,6 +117,17 @@ def inspect(model: Any, slope: float = 1.0) -> dict[str, Report]:
             ),
         )
     return reports
+
+
+def in_heads(alpha: Any, moment: Any, omega: Any) -> Any:
+    """What the neurons of all heads do, read off a moment whose rows are (head, offset, input), by loops."""
+    if alpha.ndim > 3:
+        return sum(in_heads(*layer) for layer in zip(alpha, moment, omega))
+    heads, inputs, _ = alpha.shape
+    offsets = moment.shape[0] // (heads * inputs)
+    moment, omega = moment.reshape(heads, offsets, inputs, -1), omega.reshape(-1, heads, offsets)
+    pairs = [(h, o) for h in range(heads) for o in range(offsets)]
+    return sum(alpha[h, :, 0] @ moment[h, o] @ omega[:, h, o] for h, o in pairs)
 
 
 def start_dtype(params: Any) -> Any:

@@ -72,7 +72,7 @@ def over_two(step: Callable[[Any], Any], x: Any) -> Any:
 on_hidden("softmax", lambda h, p, b: jax.nn.softmax(h), "softmax")
 on_hidden("layer_norm", lambda h, p, b: jnp.tanh(centred(h)), "layer norm")
 on_hidden("rms_norm", lambda h, p, b: h * jax.lax.rsqrt(jnp.mean(h**2, -1, keepdims=True)), "mixed by `reduce_sum`")
-on_hidden("group_norm", lambda h, p, b: centred(h.reshape(6, 4, 2, 2)).reshape(6, 4, 4), "another axis")
+on_hidden("group_norm", lambda h, p, b: centred(h.reshape(6, 4, 2, 2)).reshape(6, 4, 4), "summary of themselves")
 on_hidden("max", lambda h, p, b: h - h.max(-1, keepdims=True), "reduce_max")
 on_hidden("sorted_units", lambda h, p, b: jnp.sort(h, -1), "sort")
 on_hidden("sigmoid", lambda h, p, b: jax.nn.sigmoid(h), "`logistic` maps 0 to 0.5")
@@ -88,15 +88,11 @@ on_hidden(
 
 # Rows that are no longer the producer's
 on_hidden("batch_norm", lambda h, p, b: jnp.tanh(batch_norm(h)), "summary of themselves")
-on_hidden("first_row", lambda h, p, b: h[:, 0], "slice")
-on_hidden("flipped", lambda h, p, b: h[:, ::-1], "rows are mixed by `rev`")
 on_hidden("rolled", lambda h, p, b: jnp.roll(h, 1, 1), "rows are mixed")
 on_hidden("sorted_rows", lambda h, p, b: jnp.sort(h, 1), "rows are mixed by `sort`")
-on_hidden("cumsum", lambda h, p, b: jnp.cumsum(h, 1), "rows are mixed by `cumsum`")
 on_hidden("causal_shift", lambda h, p, b: jnp.pad(h[:, :-1], ((0, 0), (1, 0), (0, 0))), "rows are mixed")
 on_hidden("residual_shift", lambda h, p, b: h + jnp.pad(h, ((0, 0), (1, 0), (0, 0)))[:, :-1], "rows are mixed")
 on_hidden("permuted", lambda h, p, b: h[jnp.array([1, 0, 2, 4, 3, 5])], "rows are mixed by `gather`")
-on_hidden("positions_mixed", lambda h, p, b: jnp.einsum("ts,nsh->nth", jnp.ones((4, 4)), h), "rows are mixed")
 on_hidden("swapped", lambda h, p, b: h + h.swapaxes(0, 1), "told apart", batch=x4)
 on_hidden("pairs", lambda h, p, b: h[:, :1] + h[None, :, 0], "rows")
 on_hidden("new_rows", lambda h, p, b: jnp.broadcast_to(h[:, :, None], (6, 4, 3, 4)), "other rows")
@@ -151,9 +147,6 @@ refuse("recurrence", lambda p, b: jax.lax.scan(
     lambda s, x: ((h := jnp.tanh(x @ p["w"] + s @ p["r"])), h @ p["u"]), jnp.zeros((6, 4)), b["x"].swapaxes(0, 1))[1],
     "recurrence", draw(r=(4, 4)))  # fmt: skip
 refuse("embedding", lambda p, b: jnp.tanh(p["w"][b["y"]]) @ p["u"], {"u": "embedding"}, draw(w=(7, 4)), labelled(6, 5))
-refuse("attention", lambda p, b: jnp.einsum("nqk,nkd->nqd", jax.nn.softmax(jnp.einsum(
-    "nqd,nkd->nqk", b["x"] @ p["w"], b["x"] @ p["k"])), b["x"] @ p["v"]) @ p["u"],
-    {"w": "attention", "v": "rows are mixed"}, draw(w=(5, 6), k=(5, 6), v=(5, 4)))  # fmt: skip
 refuse("experts", lambda p, b: jax.vmap(lambda w, u: jnp.tanh(b["x"] @ w) @ u, out_axes=2)(p["w"], p["u"]),
        {"w[1]": "batch of kernels"}, draw(w=(2, 5, 4), u=(2, 4, 3)))  # fmt: skip
 

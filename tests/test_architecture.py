@@ -14,7 +14,7 @@ LEVELS = [
     ["axes", "brakes", "surgery", "pair"],
     ["uses", "separable", "averaging", "optimizer", "patches", "twins"],
     ["capture", "flow", "geometry"],
-    ["norms", "dimensions", "rowweights", "gating"],
+    ["norms", "dimensions", "rowweights", "gating", "tangent"],
     ["judging"],
     ["sites", "sums"],
     ["gates"],

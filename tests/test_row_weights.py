@@ -61,6 +61,14 @@ WEIGHTED = {
         "two": lambda h, p, b: h * jnp.tanh(b["x"] @ p["g"]) / jnp.linalg.norm(b["x"], axis=-1, keepdims=True),
     },
 }
+# What moves the rows: the tangent goes the same way.
+WEIGHTED["moved"] = {
+    "first": lambda h, p, b: h[:, :1] + jnp.zeros((STEPS, 1)),
+    "flipped": lambda h, p, b: h[:, ::-1],
+    "summed": lambda h, p, b: jnp.cumsum(h, 1),
+    "mixed": lambda h, p, b: jnp.einsum("ts,nsh->nth", jnp.asarray(mask[:4]), h),
+    "mixed_and_masked": lambda h, p, b: jnp.einsum("nts,nsh->nth", b["x"][..., :4], h * b["m"][..., None]),
+}
 
 
 @pytest.mark.parametrize("kind", WEIGHTED)

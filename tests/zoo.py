@@ -208,9 +208,9 @@ def dense_general() -> Model:
 
 @model
 def stored_in_factors() -> Model:
-    """The hidden axis of the producer is stored as (2, 4) features and flattened: it is two axes of the leaf."""
+    """The hidden axis of the producer is stored as (2, 4) features: either may grow, the other counts heads."""
     apply = lambda p, x: jnp.tanh(x @ p["w"].reshape(5, 8)) @ p["u"]  # noqa: E731
-    return Model(mse(apply), draw(w=(5, 2, 4), u=(8, 3)), data(6, 5), {}, {"w": "another axis", "w[1]": "another axis"})
+    return Model(mse(apply), draw(w=(5, 2, 4), u=(8, 3)), data(6, 5), {"w": 2, "w[1]": 4})
 
 
 @model
@@ -556,12 +556,8 @@ def transformer_block() -> Model:
 
     net, batch = Block(), data(5, 4, 5)
     params = f64(net.init(jax.random.key(0), batch["x"]))
-    refused = {
-        "Dense_0": "producers",
-        "MultiHeadDotProductAttention_0/query": "attention",
-        "MultiHeadDotProductAttention_0/value": "",
-    }
-    return Model(mse(net.apply), params, batch, {"up": 6}, refused)
+    refused = {"Dense_0": "producers", "MultiHeadDotProductAttention_0/query": "attention"}
+    return Model(mse(net.apply), params, batch, {"up": 6, "MultiHeadDotProductAttention_0/value": 4}, refused)
 
 
 @model

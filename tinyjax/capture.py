@@ -110,7 +110,7 @@ def _run(
         address, values = (*at, i), [read(v) for v in eqn.invars]
         mine = taps.under(address)
         if not mine:
-            outs = _evaluate(eqn, values)
+            outs = evaluate(eqn, values)
         elif eqn.primitive.name in JIT:
             outs, more = _run(*subjaxpr(eqn), values, mine, address)
             heard |= more
@@ -123,14 +123,15 @@ def _run(
         else:
             if address in mine.records:
                 heard[address] = values[mine.records[address]]
-            outs = _evaluate(eqn, values)
+            outs = evaluate(eqn, values)
             if address in mine.probes:
                 outs = [outs[0] + mine.probes[address]]
         env.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars], heard
 
 
-def _evaluate(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+def evaluate(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """The results of an equation; what is given for a literal operand does not matter."""
     operands = [(v, x) for v, x in zip(eqn.invars, values) if not isinstance(v, Literal)]
     single = Jaxpr((), [v for v, _ in operands], eqn.outvars, [eqn], eqn.effects)
     return eval_jaxpr(single, (), *[x for _, x in operands])

@@ -315,8 +315,10 @@ class Flow:
             "reduce_window_max",
         ):
             return known[0]
-        if op.name in ("reduce_sum", "reduce_window_sum", "pad"):
+        if op.name in ("reduce_sum", "reduce_window_sum", "pad", "slice", "rev", "cumsum"):
             return 0 if known[0] is not None and known[0] == 0 else None
+        if op.name == "dot_general":
+            return 0 if any(k is not None and k == 0 for v, k in zip(op.ins, known) if v in self.mixing) else None
         if op.name in ELEMENTWISE and all(k is not None for k in known) and op.eqn is not None:
             with jax.ensure_compile_time_eval():
                 return op.eqn.primitive.bind(*[np.asarray(k, v.dtype) for k, v in zip(known, op.ins)], **op.params)

@@ -16,13 +16,14 @@ from tinyjax.births import identity_at_birth, response_moments
 from tinyjax.info import Status
 from tinyjax.judging import Path
 from tinyjax.layout import Params
-from tinyjax.linalg import inner, matmul
+from tinyjax.linalg import inner
 from tinyjax.methods import (
     Effect,
     Method,
     Neurons,
     Squares,
     effect,
+    product,
     refit,
     update_gain,
     with_ridges,
@@ -240,7 +241,7 @@ def _fit(
     zero = jnp.zeros_like(mean.energy)
     slopes = Slopes(
         update=zero if delta is None else inner(mean.cross, delta),
-        neurons=inner(mean.cross_prev, matmul(first.alpha, first.omega))
+        neurons=inner(mean.cross_prev, product(first.alpha, first.omega, mean.cross.shape[1]))
         + (zero if first.delta is None else inner(mean.cross, first.delta)),
     )
     return first, delta, report, slopes

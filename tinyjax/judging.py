@@ -17,6 +17,7 @@ from tinyjax.norms import find_norm, roles
 from tinyjax.rowweights import RowWeight, lay_out_weight
 from tinyjax.rules import BETWEEN_ACTIVATIONS
 from tinyjax.site import Kernel, Member, Norm, Site
+from tinyjax.tangent import Tangent, find_tangent
 from tinyjax.trace import Value
 from tinyjax.uses import Use
 from tinyjax.wiring import is_view
@@ -32,6 +33,7 @@ class Path(NamedTuple):
         weights: what every row was multiplied by between the two.
         gate: the product whose activation multiplies the producer's slot by slot, rows in the same order, or None.
         activation: of the gate, elementwise.
+        tangent: what lies between the two where rows are mixed or slots come in heads; None where rows are kept.
     """
 
     producer: Use
@@ -40,6 +42,12 @@ class Path(NamedTuple):
     weights: tuple[RowWeight, ...] = ()
     gate: Use | None = None
     activation: Callable[[Array], Array] | None = None
+    tangent: Tangent | None = None
+
+    def taps(self) -> dict[tuple[int, ...], int]:
+        """The operands to record besides those of the uses, by address."""
+        weights = {weight.address: weight.operand for weight in self.weights}
+        return weights | ({} if self.tangent is None else dict(self.tangent.taps))
 
 
 def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
@@ -59,7 +67,8 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
     members = tuple(
         _member(model, leaf, factor, dimension, found, gate_leaf) for leaf, factor in model.leaves[dimension]
     )
-    stack = tuple(producers[0].kernel.factors[f] for f in producers[0].kernel.stack) if producers else ()
+    layers = consumers or producers  # heads are in front of a producer's layers, not of its consumers'
+    stack = tuple(layers[0].kernel.factors[f] for f in layers[0].kernel.stack) if layers else ()
     site = Site(
         name="",
         capacity=dimension.size,
@@ -92,9 +101,6 @@ def _static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use],
             return use.trouble
     if dimension.marks:
         return next(iter(dimension.marks))
-    for use in producers:
-        if len(use.kernel.cols) != 1:
-            return f"`{use.leaf}` produces it together with another axis (attention heads?)"
     repeated = [leaf for leaf, _ in model.leaves[dimension]]
     twice = next((leaf for leaf in repeated if repeated.count(leaf) > 1), None)
     if twice is not None:
@@ -131,6 +137,9 @@ def _paths(
             accounted |= {meetings[0].op for meetings in biases.values()}
         bias = None if producer.bias is None else producer.bias.leaf
         norm, reason = find_norm(flow, model.wiring, model.axes, found, model.names, bias, dimension.size)
+        mixed = any(flow.mixing[c.input_value] != ROW_BY_ROW for c in mine) or len(producer.kernel.cols) != 1
+        if norm is not None and mixed:
+            reason = "a batch normalisation where rows are mixed"
         if norm is not None and (len(producers) > 1 or producer.op.stack):
             reason = "a batch normalisation inside a scan, behind a gate or a kernel that is used more than once"
         if norm is not None and mine and flow.weights[mine[0].input_value]:
@@ -176,6 +185,10 @@ def _path(
 ) -> Path:
     """The uses of a path with their rows in one order."""
     read = consumers[0].input_value
+    if flow.mixing[read] != ROW_BY_ROW or len(producer.kernel.cols) != 1:
+        if gate is not None:
+            raise Unaligned(flow.mixing[read] or f"`{producer.leaf}` produces it together with another axis (heads?)")
+        return _mixed_path(model, producer, consumers, flow, dimension)
     pools, weights = flow.pools[read], flow.weights[read]
     if is_rowwise(producer, consumers, pools):
         for use in consumers:
@@ -199,6 +212,21 @@ def _path(
     return Path(producer, consumers, geometry)
 
 
+def _mixed_path(model: Dimensions, producer: Use, consumers: tuple[Use, ...], flow: Flow, dimension: Atom) -> Path:
+    """A path along which rows are mixed, in the rows of the consumers."""
+    if producer.window is not None or any(c.window is not None for c in consumers):
+        raise Unaligned(flow.mixing[consumers[0].input_value] or f"`{producer.leaf}` produces it in groups")
+    order = [model.axes.samples, *(a for a in consumers[0].rows if a is not None)]
+    if any({root(a) for a in c.rows if a is not None} != {root(a) for a in order} for c in consumers):
+        raise Unaligned("its consumers read it in different rows")
+    read = tuple(aligned(c, order) for c in consumers)
+    kernels = frozenset(use.op for use in model.uses)
+    tangent, producer, read = find_tangent(
+        model.graph, model.axes, model.wiring, flow, producer, read, dimension, kernels
+    )
+    return Path(producer, read, tangent=tangent)
+
+
 def _meeting_reason(model: Dimensions, flow: Flow, kernels: Sequence[Use]) -> str:
     """Why a leaf that the flow met makes the dimension other than a plain hidden layer."""
     if flow.trouble:
@@ -219,14 +247,15 @@ def _row_reason(model: Dimensions, producer: Use, consumers: Sequence[Use], flow
         same_scans = producer.op.scans == consumer.op.scans
         if not same_scans or len(producer.kernel.stack) != len(consumer.kernel.stack):
             return f"`{consumer.leaf}` reads it in another scan than `{producer.leaf}` writes it"
-        if flow.mixing[consumer.input_value] != ROW_BY_ROW:
-            return flow.mixing[consumer.input_value]
         rows = [root(a) for a in consumer.rows if a is not None]
+        mixed = flow.mixing[consumer.input_value]
         if len(set(rows)) != len(rows):
-            return f"`{consumer.leaf}` reads rows that cannot be told apart"
+            return mixed or f"`{consumer.leaf}` reads rows that cannot be told apart"
         if root(model.axes.samples) not in rows:
-            return f"the input of `{consumer.leaf}` does not depend on the samples"
+            return mixed or f"the input of `{consumer.leaf}` does not depend on the samples"
         culprit = flow.culprit.get(consumer.input_value)
+        if culprit is not None and mixed:
+            return mixed
         if culprit is not None:
             value = flow.empty.get(consumer.input_value)
             arrives = "something unknown" if value is None else f"{float(value):.3g}"

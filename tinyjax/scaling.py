@@ -204,7 +204,7 @@ def normalize(neurons: Neurons, *, alpha: float | None = None, omega: float | No
     Reference: Verbockhaven et al., TMLR 2024, appendix E.3.1.
     """
     return neurons._replace(
-        alpha=_with_norm(neurons.alpha, alpha, axis=0), omega=_with_norm(neurons.omega, omega, axis=1)
+        alpha=_with_norm(neurons.alpha, alpha, axis=-2), omega=_with_norm(neurons.omega, omega, axis=-1)
     )
 
 

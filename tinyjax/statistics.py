@@ -58,6 +58,10 @@ class Statistics:
     O); C the number of slots. Free slots give rows and columns of exact zeros. A stack of layers puts its axis before
     all others.
 
+    A site with heads (the value dimension of attention) keeps b_prev of all heads and offsets side by side, ordered
+    (head, offset, input): D is then heads times offsets times its inputs in S, N~ and P, Q is M, O is 1 in P, and
+    `weight_prev` is (heads, inputs, C).
+
     Attributes:
         count: (2,) number of samples, in the dtype of the sums.
         gram_prev: (2, D, D) S = sum of b_prev b_prev'.
@@ -82,6 +86,7 @@ class Statistics:
         gates: (B, C) for a gated unit the fan-ins of C new gates, bias row last iff the gate has one; D then counts C
             blocks side by side, b_prev = [g(beta_c' x) x for every gate beta_c], and `weight_prev` has the rows of one.
             None elsewhere.
+        heads: how many heads the slots come in, None without.
     """
 
     count: Array
@@ -103,6 +108,7 @@ class Statistics:
     null: Null | None = None
     offset_gram: Array | None = None
     gates: Array | None = None
+    heads: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Moments(NamedTuple):

@@ -12,10 +12,12 @@ from tinyjax.capture import Captured, capture
 from tinyjax.judging import Path
 from tinyjax.layout import Layout, Params
 from tinyjax.linalg import matmul
+from tinyjax.methods.heads import cross_at_offsets, energy_at_offsets, gram_at_offsets
 from tinyjax.patches import Sums, conv_sums
 from tinyjax.site import Site
 from tinyjax.slots import consumers_have_bias, matrices, width
 from tinyjax.statistics import Null, Statistics
+from tinyjax.tangent import carry
 from tinyjax.trace import Trace
 from tinyjax.uses import Use
 
@@ -55,7 +57,7 @@ def capture_paths(traced: Trace, params: Params, batch: Any, paths: Sequence[Pat
         jax.tree.leaves((params, batch)),
         _distinct(producers + consumers),
         _distinct(consumers),
-        {weight.address: weight.operand for path in paths for weight in path.weights},
+        {address: operand for path in paths for address, operand in path.taps().items()},
     )
 
 
@@ -113,6 +115,7 @@ def site_sums(
         bias_prev=site.producers[0].bias is not None,
         bias=consumers_have_bias(site),
         gates=gates,
+        heads=heads_of(site),
     )
 
 
@@ -129,6 +132,20 @@ def _path_sums(
     """The sums of one path: rows with rows, or images through their windows."""
     x, h, v, weight, gating = path_rows(site, path, captured, num_samples)
     bias_prev, bias = site.producers[0].bias is not None, consumers_have_bias(site)
+    if path.tangent is not None:
+        recorded = {address: captured.inputs[address] for address in path.tangent.taps}
+        seen = carry(path.tangent, with_constant(x, bias_prev), recorded)
+        return tangent_sums(
+            seen,
+            h,
+            v,
+            num_samples,
+            heads=heads_of(site),
+            bias=bias,
+            energy_matrix=energy_matrix,
+            signs=signs,
+            offset_gram=offset_gram,
+        )
     if path.geometry is None:
         if gates is not None and gating is not None and path.activation is not None:
             opened = path.activation(matmul(gating, gates.astype(x.dtype)))
@@ -158,6 +175,50 @@ def _path_sums(
         energy_matrix=energy_matrix,
         offset_gram=offset_gram,
         signs=signs,
+    )
+
+
+def heads_of(site: Site) -> int | None:
+    """How many heads the slots of a site come in, None without."""
+    stack = site.producers[0].layout.stack[len(site.stack) :]
+    return site.producers[0].layout.factors[stack[0]] if stack else None
+
+
+def tangent_sums(
+    seen: Array,
+    h: Array,
+    v: Array,
+    num_samples: int,
+    *,
+    heads: int | None,
+    bias: bool,
+    energy_matrix: bool,
+    signs: Array | None = None,
+    offset_gram: bool = False,
+) -> Sums:
+    """The sums of a slot's tangents `(*stack, rows, heads * offsets, D)`, see `Statistics` for their order.
+
+    Without heads, several offsets are those of a convolution.
+    """
+    *lead, offsets, inputs = seen.shape
+    together = row_sums(
+        seen.reshape(*lead, -1), h, v, num_samples, bias_prev=False, bias=bias, energy_matrix=energy_matrix, signs=signs
+    )
+    if heads is not None:  # the Gram over offsets lies in S
+        return together
+    link, null = together.link, together.null
+    assert link is not None
+    return together._replace(
+        gram_prev=gram_at_offsets(together.gram_prev, offsets),
+        cross_prev=cross_at_offsets(together.cross_prev, offsets),
+        link=link.reshape(*link.shape[:-3], offsets, inputs, -1),
+        energy_matrix=energy_at_offsets(together.energy_matrix, offsets),
+        offset_gram=together.gram_prev.reshape(*lead, 2, offsets, inputs, offsets, inputs) if offset_gram else None,
+        null=null
+        and null._replace(
+            cross_prev=cross_at_offsets(null.cross_prev, offsets),
+            link=null.link.reshape(*null.link.shape[:-3], offsets, inputs, -1),
+        ),
     )
 
 

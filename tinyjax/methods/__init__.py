@@ -23,6 +23,7 @@ from tinyjax.methods.gate_search import find_gates as find_gates
 from tinyjax.methods.gradmax import gradmax as gradmax
 from tinyjax.methods.gradmax import redundancy as redundancy
 from tinyjax.methods.gradmax_dual import gradmax_dual as gradmax_dual
+from tinyjax.methods.heads import product as product
 from tinyjax.methods.how_many import HowMany as HowMany
 from tinyjax.methods.how_many import energy as energy
 from tinyjax.methods.how_many import fraction as fraction

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.methods.gated import gate_by_gate
+from tinyjax.methods.heads import over_heads
 from tinyjax.statistics import Moments, Statistics
 
 Method = Callable[..., "Neurons"]
@@ -21,8 +22,8 @@ class Neurons(NamedTuple):
     """New neurons, before their amplitude.
 
     Attributes:
-        alpha: (D, k) fan-in, bias row last iff the producer has a bias.
-        omega: (k, Q) fan-out.
+        alpha: (D, k) fan-in, bias row last iff the producer has a bias; (heads, D, k) for a site with heads.
+        omega: (k, Q) fan-out, columns (output, head, offset).
         singular_values: (k,) descending; 0 for neurons beyond the rank, whose alpha and omega are zero.
         delta: (H, M) an update of the consumer that belongs to the neurons and is applied with their amplitude, or
             None.
@@ -38,7 +39,7 @@ class Neurons(NamedTuple):
 
 
 def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]:
-    """Declares on a method what its callers must know, and lets it grow gated units, one gate after the other.
+    """Declares on a method what its callers must know, and lets it grow heads and gated units, one after the other.
 
     Args:
         function_preserving: adding the neurons changes no output of the network, so the loss says nothing about their
@@ -50,6 +51,8 @@ def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]
         @functools.wraps(method)
         def method_of_any(statistics: Statistics, *, num_neurons: int, key: Array | None = None, **options: Any) -> Any:
             one = functools.partial(method, **options)
+            if statistics.heads is not None:
+                return over_heads(one, statistics, num_neurons=require_count(num_neurons), key=key)
             if statistics.gates is None:
                 return one(statistics, num_neurons=num_neurons, key=key)
             return gate_by_gate(one, statistics, num_neurons=require_count(num_neurons), key=key)

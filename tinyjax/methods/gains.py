@@ -10,6 +10,7 @@ from jaxtyping import Array
 from tinyjax.linalg import inner, matmul, solve
 from tinyjax.methods.base import Neurons
 from tinyjax.methods.gated import own_blocks
+from tinyjax.methods.heads import best_fan_out, omega_of_heads, one_head, product
 from tinyjax.methods.ridge import held_out
 from tinyjax.methods.update import Ridge, residual_cross, resolve
 from tinyjax.statistics import Moments, Statistics, half, keep_half, moments
@@ -43,8 +44,8 @@ def effect(moments: Moments, neurons: Neurons, delta: Array | None = None) -> Ef
     For a convolution S is a bound (eq. 71): put the squares of `tinyjax.moves` in its place.
     """
     cross = moments.cross_prev if delta is None else residual_cross(moments, delta)
-    product = matmul(neurons.alpha, neurons.omega)
-    return Effect(inner(cross, product), inner(product, matmul(moments.gram_prev, product)))
+    move = product(neurons.alpha, neurons.omega, moments.cross.shape[1])
+    return Effect(inner(cross, move), inner(move, matmul(moments.gram_prev, move)))
 
 
 def predicted_gain(moments: Moments, neurons: Neurons, delta: Array | None = None) -> Array:
@@ -132,8 +133,8 @@ def refit_fan_out(statistics: Statistics, neurons: Neurons, delta: Array | None 
     """Neurons with omega = (A' S A)^+ A' N where omega was zero everywhere; others as they are."""
     mean = moments(statistics)
     cross = mean.cross_prev if delta is None else residual_cross(mean, delta)
-    gram = matmul(neurons.alpha.T, matmul(mean.gram_prev, neurons.alpha))
-    best = solve(gram, matmul(neurons.alpha.T, cross), 1e-6)  # the neurons may be more than the rank
+    # with a ridge: the neurons may be more than the rank
+    best = best_fan_out(neurons.alpha, mean.gram_prev, cross, lambda gram, cross: solve(gram, cross, 1e-6))
     return neurons._replace(omega=jnp.where(jnp.any(neurons.omega != 0), neurons.omega, best))
 
 
@@ -142,8 +143,18 @@ def refit_fan_in(
 ) -> Neurons:
     """Neurons with alpha = S^+ N W' (W W')^+, W = omega, where alpha was zero everywhere; others as they are.
 
-    Without a ridge on S, D inputs fit fewer than D samples perfectly: by default it is the one of `tiny`.
+    Without a ridge on S, D inputs fit fewer than D samples perfectly: by default it is the one of `tiny`. Heads are
+    fitted on their own.
     """
+    if statistics.heads is not None:
+
+        def fit(head: Array, alpha: Array, omega: Array) -> Array:
+            one = Neurons(alpha, omega, neurons.singular_values)
+            return refit_fan_in(one_head(statistics, head), one, delta, ridge=ridge).alpha
+
+        omegas = omega_of_heads(neurons.omega, statistics.heads, statistics.cross_prev.shape[-1])
+        each = jnp.arange(statistics.heads), neurons.alpha, omegas
+        return neurons._replace(alpha=jax.lax.map(lambda one: fit(*one), each))
     mean = moments(statistics)
     cross = mean.cross_prev if delta is None else residual_cross(mean, delta)
     omega = neurons.omega

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import cholesky_solve, correlation, inner, matmul, solve
+from tinyjax.methods.heads import one_head
 from tinyjax.methods.update import residual_cross
 from tinyjax.statistics import Moments, Statistics, half, one_gate
 
@@ -78,11 +79,16 @@ def held_out(statistics: Statistics) -> Array:
 def with_ridges(statistics: Statistics) -> Statistics:
     """The statistics with both ridges chosen: methods and updates then share them instead of choosing again.
 
+    A site with heads has a ridge for the neurons of each.
+
     They stay with the halves (`keep_half`), so that a fit to one half uses the ridges of the whole.
     """
     update_ridge = held_out_update(statistics)
     statistics = dataclasses.replace(statistics, ridge_update=update_ridge)
-    return dataclasses.replace(statistics, ridge=held_out(statistics))
+    if statistics.heads is None:
+        return dataclasses.replace(statistics, ridge=held_out(statistics))
+    each = jax.lax.map(lambda head: held_out(one_head(statistics, head)), jnp.arange(statistics.heads))
+    return dataclasses.replace(statistics, ridge=each)
 
 
 def choose(statistics: Statistics, fold: Callable[[Moments, Moments], Fold]) -> Array:

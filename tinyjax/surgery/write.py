@@ -32,7 +32,7 @@ class NewNeurons(Protocol):
     """What `write` reads of the neurons a method returns.
 
     Attributes:
-        alpha: `(*stack, D, k)` fan-in, bias row last iff the producer has a bias.
+        alpha: `(*stack, D, k)` fan-in, bias row last iff the producer has a bias; `(*stack, heads, D, k)` with heads.
         omega: `(*stack, k, Q)` fan-out, columns of the consumers side by side, each ordered (output, kernel offset).
         delta: `(*stack, H, M)` update of the consumers that belongs to these neurons, or None.
         gate: `(*stack, B, k)` fan-in of their gates at a site of gated units, whose `alpha` may have several blocks of
@@ -301,6 +301,11 @@ def _update_shape(site: Site) -> tuple[int, ...]:
     return (*site.stack, *hidden, sum(cols(kernel) for kernel in site.consumers))
 
 
+def lead(producer: Kernel) -> tuple[int, ...]:
+    """Layers of a stack, and heads: for each of them a slot has a fan-in of its own."""
+    return tuple(producer.layout.factors[f] for f in producer.layout.stack)
+
+
 def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
     (producer,) = site.producers
     num_neurons = neurons.alpha.shape[-1]
@@ -312,7 +317,7 @@ def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
     inputs = _inputs(producer)
     outputs = sum(_fan_out_size(kernel) for kernel in site.consumers)
     expected: dict[str, tuple[int, ...]] = {
-        "alpha": (*site.stack, inputs, num_neurons),
+        "alpha": (*lead(producer), inputs, num_neurons),
         "omega": (*site.stack, num_neurons, outputs),
     }
     got = {"alpha": neurons.alpha.shape, "omega": neurons.omega.shape}

@@ -1,0 +1,245 @@
+"""What a new neuron's fan-in does to the consumer's input where more than slot-wise operations lie between the two.
+
+Attention mixes the values of all tokens before the output projection reads them, so the rows of the producer's input
+are not the rows of V_goal. What is aligned with V_goal is the tangent of the slot's path: the derivative of the
+consumer's input with respect to the fan-in, at an empty slot. It is computed by carrying the producer's inputs, as many
+columns at a time as there are slots, through the operations of the path, each replaced by its derivative.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.atoms import Atom, root, roots
+from tinyjax.axes import Axes
+from tinyjax.capture import Address, evaluate
+from tinyjax.flow import Flow
+from tinyjax.geometry import Unaligned
+from tinyjax.layout import Layout
+from tinyjax.rules import ELEMENTWISE, contraction
+from tinyjax.trace import Graph, Op, Value
+from tinyjax.uses import Use
+from tinyjax.wiring import Wiring, is_view
+
+_SUMS = ("add", "add_any", "sub")
+_AXES = {"reduce_sum": "axes", "rev": "dimensions", "cumsum": "axis"}  # by which parameter they name their axes
+_ALONG_ROWS = ("dot_general", "reduce_sum", "broadcast_in_dim", "slice", "rev", "cumsum")
+
+
+class Tangent(NamedTuple):
+    """The path of a slot from a product to its consumers.
+
+    Attributes:
+        ops: the operations on the way, in order.
+        taps: for every operation that multiplies by a tensor from outside, by address, which operand that is.
+        scalars: for every other operand from outside, the number it holds everywhere.
+        empty: what an empty slot holds, for every value on the way.
+        producer: the product, its columns being heads and slots.
+        slot: factor of the product's output that counts slots.
+        consumer: the first consumer; its columns are (heads, offsets, slots).
+    """
+
+    ops: tuple[Op, ...]
+    taps: Mapping[Address, int]
+    scalars: Mapping[Value, Any]
+    empty: Mapping[Value, Any]
+    producer: Use
+    slot: int
+    consumer: Use
+
+
+def find_tangent(
+    graph: Graph,
+    axes: Axes,
+    wiring: Wiring,
+    flow: Flow,
+    producer: Use,
+    consumers: Sequence[Use],
+    dimension: Atom,
+    kernels: frozenset[Op],
+) -> tuple[Tangent, Use, tuple[Use, ...]]:
+    """The path of a slot, and its uses: heads as layers of the producer's kernel, and in front of the consumers' rows.
+
+    Args:
+        graph: the flat graph.
+        axes: of its tensors.
+        wiring: of its values.
+        flow: from the producer along the dimension.
+        producer: the product that writes the dimension.
+        consumers: those that read it, rows aligned.
+        dimension: counts the slots.
+        kernels: all products with a parameter.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    columns = [a for f, a in enumerate(producer.output_atoms) if f in producer.outputs.cols and a is not None]
+    heads = [root(a) for a in columns if root(a) is not dimension]
+    if len(heads) > 1 or len(columns) != len(heads) + 1:
+        raise Unaligned(f"`{producer.leaf}` produces it together with several other axes")
+    consumers = tuple(_heads_first(use, heads, dimension, producer.leaf) for use in consumers)
+    read = consumers[0].input_value
+    ops = _between(graph, flow, producer.op, read)
+    taps: dict[Address, int] = {}
+    scalars: dict[Value, Any] = {}
+    for op in ops:
+        _require_slotwise(axes, flow, producer.op, op, {dimension, *heads})
+        if op.name in _SUMS:
+            continue
+        for i, value in enumerate(op.ins):
+            if value in flow.mixing:
+                continue
+            scalar = wiring.scalar(value)
+            if scalar is not None:
+                scalars[value] = scalar
+                continue
+            if op.path in taps or op.inside or op in kernels or not _same_in_all_slots(axes, wiring, value, dimension):
+                why = f"its rows are mixed by `{op.name}` in a way that cannot be followed"
+                raise Unaligned(flow.mixing[op.outs[0]] or why)
+            taps[op.path] = i
+    slot = next(
+        f for f, a in enumerate(producer.output_atoms) if f in producer.outputs.cols and a and root(a) is dimension
+    )
+    empty = {v: flow.empty[v] for op in ops for v in op.ins if v in flow.mixing}
+    found = Tangent(tuple(ops), taps, scalars, empty, producer, slot, consumers[0])
+    return found, _heads_as_layers(producer, dimension), consumers
+
+
+def carry(tangent: Tangent, x: Array, recorded: Mapping[Address, Array]) -> Array:
+    """The tangents of the consumer's input with respect to the fan-in of a slot.
+
+    Args:
+        tangent: the path.
+        x: `(*stack, rows, D)` input of the producer, with the constant 1 last iff it has a bias.
+        recorded: the tapped operands, by address.
+
+    Returns:
+        `(*stack, rows of the consumer, heads * offsets, D)`.
+    """
+    start, end = tangent.producer.outputs, tangent.consumer.inputs
+    inputs, capacity = x.shape[-1], start.factors[tangent.slot]
+    chunks = -(-inputs // capacity)
+    x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, chunks * capacity - inputs)])
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], chunks, capacity), -2, 0)
+    lead = x.shape[:-1]
+    sizes = [start.factors[f] for f in start.cols]
+    alone = [size if f == tangent.slot else 1 for f, size in zip(start.cols, sizes)]
+    x = jnp.broadcast_to(x.reshape(*lead, *alone), (*lead, *sizes)).reshape(*lead, -1)  # every head reads the same
+
+    def push(value: Array, recorded: Mapping[Address, Array]) -> Array:
+        carried = {tangent.producer.op.outs[0]: value.astype(tangent.producer.op.outs[0].dtype)}
+        for op in tangent.ops:
+            carried[op.outs[0]] = _derivative(tangent, op, carried, recorded)
+        return carried[tangent.consumer.input_value]
+
+    for _ in tangent.producer.op.stack:
+        push = jax.vmap(push)
+    moved = jax.vmap(lambda columns: end.to_matrix(push(start.from_matrix(columns), recorded)))(x)
+    moved = jnp.moveaxis(moved.reshape(*moved.shape[:-1], -1, capacity), 0, -2)
+    return moved.reshape(*moved.shape[:-2], -1)[..., :inputs]
+
+
+def _derivative(tangent: Tangent, op: Op, carried: Mapping[Value, Array], recorded: Mapping[Address, Array]) -> Array:
+    """The tangent of an operation's result, at an empty slot."""
+    assert op.eqn is not None
+    eqn, moving = op.eqn, [i for i, v in enumerate(op.ins) if v in carried]
+    values: list[Any] = [jnp.full(v.shape, tangent.scalars.get(v, 0), v.dtype) for v in op.ins]
+    if op.path in tangent.taps:
+        values[tangent.taps[op.path]] = recorded[op.path]
+
+    def run(*operands: Array) -> Array:
+        (out,) = evaluate(eqn, [*_replaced(values, moving, operands)])
+        return out
+
+    at = [jnp.full(op.ins[i].shape, tangent.empty[op.ins[i]], op.ins[i].dtype) for i in moving]
+    return jax.jvp(run, at, [carried[op.ins[i]] for i in moving])[1]
+
+
+def _replaced(values: Sequence[Any], where: Sequence[int], new: Sequence[Array]) -> list[Any]:
+    at = dict(zip(where, new))
+    return [at.get(i, value) for i, value in enumerate(values)]
+
+
+def _between(graph: Graph, flow: Flow, producer: Op, read: Value) -> list[Op]:
+    """The operations from a product to a value, in order."""
+    needed, found = {read}, []
+    for op in reversed(graph.ops):
+        if op is not producer and any(v in needed for v in op.outs):
+            found.append(op)
+            needed.update(v for v in op.ins if v in flow.mixing)
+    return found[::-1]
+
+
+def _require_slotwise(axes: Axes, flow: Flow, producer: Op, op: Op, kept: set[Atom]) -> None:
+    """Raises unless an operation treats slots (and heads) one by one and has a derivative where they are empty."""
+    why = f"its rows are mixed by `{op.name}`, which has no derivative at an empty neuron that can be followed"
+    if op.eqn is None or op.scans != producer.scans or len(op.outs) != 1:
+        raise Unaligned(f"its rows are mixed across the steps of a scan (`{op.name}`)")
+    if not (op.name in ELEMENTWISE or op.name in _ALONG_ROWS or is_view(op)):
+        raise Unaligned(why)
+    for i, value in enumerate(op.ins):
+        if value not in flow.mixing:
+            continue
+        if value not in flow.empty:
+            raise Unaligned(why)
+        if any(a in kept for d in _worked_along(op, i) for a in roots(axes[value][d])):
+            raise Unaligned(f"its heads are mixed by `{op.name}`")
+
+
+def _worked_along(op: Op, operand: int) -> tuple[int, ...]:
+    """The axes of an operand along which an operation does not keep its entries apart and in order."""
+    if op.name == "dot_general":
+        return contraction(op).contracted[operand]
+    if op.name == "slice":
+        (before,), (after,) = op.ins, op.outs
+        return tuple(d for d, size in enumerate(before.shape) if size != after.shape[d])
+    along = op.params[_AXES[op.name]] if op.name in _AXES else ()
+    return (along,) if isinstance(along, int) else tuple(along)
+
+
+def _same_in_all_slots(axes: Axes, wiring: Wiring, value: Value, dimension: Atom) -> bool:
+    while any(a is dimension for axis in axes[value] for a in roots(axis)):
+        op = wiring.made_by.get(value)
+        if op is None or not (is_view(op) or op.name == "broadcast_in_dim"):
+            return False
+        value = op.ins[0]
+    return True
+
+
+def _heads_first(use: Use, heads: Sequence[Atom], dimension: Atom, producer: str) -> Use:
+    """A consumer whose rows are (heads, offsets, slots): what it reads of a head at several places are its offsets."""
+    order: dict[int, list[int]] = {0: [], 1: [], 2: [], 3: []}
+    for f in use.inputs.cols:
+        atom = use.input_atoms[f]
+        place = 0 if atom is None else 3 if root(atom) is dimension else 1 if root(atom) in heads else 2
+        order[place].append(f)
+    if len(order[3]) != 1:
+        raise Unaligned(f"`{use.leaf}` reads every neuron more than once (a repeat?)")
+    if len(order[1]) != len(heads):
+        raise Unaligned(f"`{producer}` produces it together with another axis (attention heads?)")
+    cols = (*order[0], *order[1], *order[2], *order[3])
+    # Rows of the kernel and columns of the input were paired in order: carry the new order over.
+    long = [f for f in use.kernel.rows if use.kernel.factors[f] > 1]
+    paired = dict(zip([f for f in use.inputs.cols if use.inputs.factors[f] > 1], long))
+    rows = (*(f for f in use.kernel.rows if use.kernel.factors[f] == 1), *(paired[f] for f in cols if f in paired))
+    inputs, kernel = dataclasses.replace(use.inputs, cols=cols), dataclasses.replace(use.kernel, rows=rows)
+    return dataclasses.replace(use, inputs=inputs, kernel=kernel)
+
+
+def _heads_as_layers(use: Use, dimension: Atom) -> Use:
+    """A producer whose heads are layers of a stack: a neuron has a fan-in in each."""
+    columns = [f for f in use.outputs.cols if use.output_atoms[f] is not None]
+    is_slot = [root(a) is dimension for f in columns if (a := use.output_atoms[f]) is not None]
+
+    def lift(layout: Layout) -> Layout:
+        long = [f for f in layout.cols if layout.factors[f] > 1]
+        heads = tuple(f for f, slot in zip(long, is_slot) if not slot)
+        slots = tuple(f for f, slot in zip(long, is_slot) if slot)
+        ones = tuple(f for f in layout.cols if f not in long)
+        return dataclasses.replace(layout, stack=(*layout.stack, *heads), rows=(*ones, *layout.rows), cols=slots)
+
+    return dataclasses.replace(use, kernel=lift(use.kernel), bias=None if use.bias is None else lift(use.bias))
