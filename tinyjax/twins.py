@@ -17,10 +17,10 @@ from tinyjax.methods import Neurons
 from tinyjax.site import Site
 from tinyjax.surgery import write
 
+Loss = Callable[[Params, Any], Array]
 
-def twin_slopes(
-    loss: Callable[[Params, Any], Array], params: Params, batch: Any, site: Site, neurons: Neurons
-) -> Array:
+
+def twin_slopes(loss: Loss, params: Params, batch: Any, site: Site, neurons: Neurons) -> Array:
     r"""How fast the loss falls as each neuron and its twin begin to speak, with the network's own activation.
 
     The derivative by the fan-out at zero, the fan-in in place at its size: E[sigma(alpha_k'b) v'] omega_k'. For ReLU
