@@ -36,7 +36,8 @@ class Protocol(NamedTuple):
         initial_batch: training batch at the start; it grows as the square root of the number of parameters (E.2).
         micro_batch: what batches are multiples of, and what BatchNorm sees at once.
         constant: of E.1, the batch that neurons are estimated from.
-        estimation_limit: largest such batch; E.1 asks for up to the whole training set, BatchNorm for one pass of it.
+        estimation_limit: largest such batch; E.1 asks for up to the whole training set.
+        estimation_micro_batch: what is captured of it at a time, and what BatchNorm sees then; None: all of it.
         augment: whether training images are cropped and mirrored.
     """
 
@@ -50,6 +51,7 @@ class Protocol(NamedTuple):
     micro_batch: int = 32
     constant: float = 1e-3
     estimation_limit: int = 2048
+    estimation_micro_batch: int | None = None
     augment: bool = True
 
     @property
@@ -77,6 +79,9 @@ def figure_5(s: float = 1 / 64, between: float = 0.25) -> Protocol:
         between=between,
         extra=250,
         optimizer=lambda: optax.sgd(1e-2),
+        # Of the training set that E.1 asks for in the last stage, what the forward pass of a growth has room for.
+        estimation_limit=16_384,
+        estimation_micro_batch=384,
     )
 
 
@@ -170,5 +175,11 @@ def estimation_samples(protocol: Protocol, *, size: int, training_set: int) -> t
             channels, kernel_area=KERNEL_AREA, positions=positions, training_set=limit, constant=protocol.constant
         )
         # BatchNorm and line searches need more than the handful of images that E.1 asks for at full resolution.
-        samples += 2 * [min(max(-(-4 * estimated // 3), 256), limit)]
+        wanted = min(max(-(-4 * estimated // 3), 256), limit)
+        if protocol.estimation_micro_batch is not None and 3 * wanted > 4 * protocol.estimation_micro_batch:
+            unit = (
+                4 * protocol.estimation_micro_batch // 3
+            )  # three quarters of it are one micro-batch: no remainder to compile
+            wanted = -(-wanted // unit) * unit if wanted < limit else limit // unit * unit
+        samples += 2 * [wanted]
     return tuple(samples)

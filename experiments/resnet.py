@@ -200,6 +200,7 @@ def grow(network: Network, seed: int, record: tinyjax.Record | None = None, **gr
         num_neurons=neurons,
         sites=sites,
         growth_samples=network.samples,
+        estimate_micro_batch=protocol.estimation_micro_batch,
         micro_batch=protocol.micro_batch,
         make_loss=network.make_loss,
         policy=network.policy,

@@ -4,6 +4,7 @@ The activation is linear here, so a neuron written at amplitude gamma moves the 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ METHOD = partial(tinyjax.tiny, ridge=1e-2)
 UPDATE = partial(tinyjax.best_update, ridge=1e-2)
 
 
-def conv(x, kernel, strides=(1, 1), padding="SAME"):
+def conv(x, kernel, strides=(1, 1), padding: Any = "SAME"):
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NUMBERS)
 
 

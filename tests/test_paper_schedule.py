@@ -59,8 +59,11 @@ def test_the_whole_schedule_needs_at_most_eight_network_shapes(s):
 
 def test_a_growth_looks_at_more_images_where_they_are_small():
     samples = paper.estimation_samples(paper.figure_5(), size=32, training_set=50_000)
-    assert samples == (256, 256, 256, 256, 1771, 1771, 2048, 2048)  # E.1: 1, 21, 1328 and 50,000, clipped
-    assert samples[4] * 3 // 4 == 1328
+    assert samples == (256, 256, 256, 256, 2048, 2048, 16384, 16384)  # E.1: 1, 21, 1328 and 50,000, clipped
+    assert all(3 * n // 4 % 384 == 0 for n in samples[4:])  # whole micro-batches
+    assert samples[4] * 3 // 4 >= 1328
+    in_one = paper.figure_5()._replace(estimation_limit=2048, estimation_micro_batch=None)
+    assert paper.estimation_samples(in_one, size=32, training_set=50_000)[4:] == (1771, 1771, 2048, 2048)
 
 
 def test_a_thinner_stream_gives_a_thinner_network():

@@ -6,6 +6,8 @@ memory does not grow with the batch; sums are formed inside the jit, no activati
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -15,11 +17,12 @@ from jaxtyping import Array
 from tinyjax.averaging import require_mean
 from tinyjax.gates import search_gates
 from tinyjax.layout import Params
+from tinyjax.linalg import solve
 from tinyjax.patches import LINK_LIMIT
 from tinyjax.separable import coupling
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import Discovery, discover, paths_of
-from tinyjax.slots import per_site, require_growable
+from tinyjax.slots import matrices, per_site, require_growable
 from tinyjax.statistics import Statistics, keep_half, merge
 from tinyjax.sums import capture_paths, null_signs, site_sums
 from tinyjax.trace import Trace, batch_size, has_samples, trace
@@ -54,6 +57,7 @@ def estimate(
     null_draws: int = ...,
     num_gates: int | Mapping[str, int] = ...,
     chunk: int | None = ...,
+    micro_batch: int | None = ...,
 ) -> Statistics: ...
 @overload
 def estimate(
@@ -68,6 +72,7 @@ def estimate(
     null_draws: int = ...,
     num_gates: int | Mapping[str, int] = ...,
     chunk: int | None = ...,
+    micro_batch: int | None = ...,
 ) -> dict[str, Statistics]: ...
 def estimate(
     loss_fn: Callable[..., Any],
@@ -81,6 +86,7 @@ def estimate(
     null_draws: int = 0,
     num_gates: int | Mapping[str, int] = 1,
     chunk: int | None = None,
+    micro_batch: int | None = None,
 ) -> Statistics | dict[str, Statistics]:
     """The sums of `Statistics` at the current parameters.
 
@@ -98,15 +104,19 @@ def estimate(
             its position among all samples alone. Costs about R times N and P.
         num_gates: how many gates to look for at a site of gated units, in a pass of their own over at most
             `DEFAULT_CHUNK` samples: as many as neurons are to be added. For all such sites or by name.
-        chunk: samples a pass, even; default `DEFAULT_CHUNK`, or the whole batch where the loss couples its samples.
+        chunk: samples a pass, even; default `DEFAULT_CHUNK`, or the whole batch where the loss couples its samples: one
+            capture then, in which only the sums over patches pass by chunks.
+        micro_batch: makes the loss the mean of the losses of so many samples at a time (even; the last may be fewer),
+            as accumulated gradients do: a batch normalisation sees a micro-batch, and memory does not grow with the
+            batch. A remainder is compiled on its own.
 
     Returns:
         One record for a single `Site`, a dict by site name for several. Sums are float32, or float64 if the model is.
 
     Raises:
         ValueError: for a site that cannot grow or is not found in this model, a bad batch, a loss that is not a scalar,
-            an odd `chunk`, a `chunk` for a loss that couples the samples or sums over them, or null draws for a site
-            too wide for them.
+            an odd `chunk` or `micro_batch`, a `chunk` for a loss that couples the samples or sums over them, or null
+            draws for a site too wide for them.
 
     Example:
         >>> statistics = estimate(loss_fn, params, batch, sites["Dense_0"])
@@ -115,7 +125,12 @@ def estimate(
     batches = batch if isinstance(batch, Iterator) else iter((batch,))
     total: dict[str, Statistics] = {}
     options: dict[str, Any] = dict(
-        has_aux=has_aux, energy_matrix=energy_matrix, offset_gram=offset_gram, null_draws=null_draws, chunk=chunk
+        has_aux=has_aux,
+        energy_matrix=energy_matrix,
+        offset_gram=offset_gram,
+        null_draws=null_draws,
+        chunk=chunk,
+        micro_batch=micro_batch,
     )
     options |= dict(num_gates=num_gates)
     first = 0
@@ -144,6 +159,7 @@ def estimate_batch(
     null_draws: int = 0,
     num_gates: int | Mapping[str, int] = 1,
     chunk: int | None = None,
+    micro_batch: int | None = None,
     first: Array | int = 0,
 ) -> Estimate:
     """`estimate` for one batch, with the loss; always by name. `first` is the index of its first sample."""
@@ -155,7 +171,9 @@ def estimate_batch(
     num_samples = batch_size(batch)
     if chunk is not None and (chunk < 2 or chunk % 2):
         raise ValueError(f"`chunk` must be an even number of samples, got {chunk}")
-    size = min(chunk or DEFAULT_CHUNK, num_samples)
+    if micro_batch is not None:
+        _check_micro_batch(micro_batch, chunk)
+    size = min(micro_batch or chunk or DEFAULT_CHUNK, num_samples)
     gated = Sites(site for site in sites if site.gate is not None)
     some = take_samples(batch, 0, min(DEFAULT_CHUNK, num_samples))
     gates = search_gates(loss_fn, params, some, gated, per_site(gated, num_gates), has_aux=has_aux) if gated else {}
@@ -163,19 +181,27 @@ def estimate_batch(
     if size < num_samples:
         traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
         discovery = discover(traced)
-        coupled = coupling(discovery.graph, discovery.axes)
-        why = f"this loss couples the samples of a batch ({coupled})" if coupled else _too_wide(discovery, sites)
-        if not why:
-            require_mean(loss_fn, params, batch, take_samples(batch, 0, size), has_aux=has_aux)
-            return _scan(step, traced, discovery, params, batch, num_samples, size, first)
-        if chunk is not None:
-            raise ValueError(f"{why}: leave `chunk` out")
+        coupled = coupling(discovery.graph, discovery.axes) if micro_batch is None else ""
+        if coupled and chunk is not None:
+            raise ValueError(f"this loss couples the samples of a batch ({coupled}): leave `chunk` out")
+        if not coupled:
+            if micro_batch is None:
+                require_mean(loss_fn, params, batch, take_samples(batch, 0, size), has_aux=has_aux)
+            return _in_chunks(step, traced, discovery, params, batch, num_samples, size, first)
     traced = trace(loss_fn, params, batch, has_aux=has_aux)
     return step(traced, discover(traced), params, batch, first)
 
 
-def _too_wide(discovery: Discovery, sites: Sites) -> str:
-    """The site whose `link` would be too large, so that all samples must pass before N is projected; "" if none."""
+def _check_micro_batch(micro_batch: int, chunk: int | None) -> None:
+    if chunk is not None:
+        raise ValueError("`micro_batch` and `chunk` both say how many samples pass at a time: leave one out")
+    if micro_batch < 2 or micro_batch % 2:
+        raise ValueError(f"`micro_batch` must be an even number of samples, got {micro_batch}")
+
+
+def _wide(discovery: Discovery, sites: Sites) -> list[str]:
+    """The sites whose `link` would be too large, so that all samples must pass before N is projected."""
+    names = []
     for site in sites:
         for path in discovery.paths.get(site.name, ()):
             if path.geometry is None:
@@ -183,8 +209,9 @@ def _too_wide(discovery: Discovery, sites: Sites) -> str:
             producer, consumer = path.producer.kernel, path.consumers[0].kernel
             inputs, hidden = (math.prod(k.factors[f] for f in k.rows) for k in (producer, consumer))
             if num_offsets(path.geometry.consumer) * inputs * hidden > LINK_LIMIT:
-                return f"site `{site.name}` is too wide for its link to be kept"
-    return ""
+                names.append(site.name)
+                break
+    return names
 
 
 class _Step(NamedTuple):
@@ -197,6 +224,7 @@ class _Step(NamedTuple):
     offset_gram: bool
     null_draws: int
     gates: Mapping[str, Array]
+    updates: Mapping[str, Array] = MappingProxyType({})  # of wide sites: what N is projected against
 
     def __call__(self, traced: Trace, discovery: Discovery, params: Params, batch: Any, first: Array | int) -> Estimate:
         paths = {site.name: paths_of(discovery, site) for site in self.sites}
@@ -205,10 +233,42 @@ class _Step(NamedTuple):
         signs = null_signs(self.null_draws, first, num_samples) if self.null_draws else None
         options = num_samples, self.energy_matrix, signs, self.offset_gram
         sums = {
-            site.name: site_sums(params, site, paths[site.name], captured, *options, self.gates.get(site.name))
+            site.name: site_sums(
+                params,
+                site,
+                paths[site.name],
+                captured,
+                *options,
+                self.gates.get(site.name),
+                self.updates.get(site.name),
+            )
             for site in self.sites
         }
         return Estimate(captured.loss, sums)
+
+
+def _in_chunks(
+    step: _Step,
+    traced: Trace,
+    discovery: Discovery,
+    params: Params,
+    batch: Any,
+    num_samples: int,
+    size: int,
+    first: Array | int,
+) -> Estimate:
+    """The sums of all chunks: in one pass, or in two where N has to be projected against the update of all samples."""
+    scan = partial(_scan, traced=traced, discovery=discovery, params=params, batch=batch, num_samples=num_samples)
+    wide = _wide(discovery, step.sites)
+    if not wide:
+        return scan(step, size=size, first=first)
+    shapes = {site.name: matrices(params, site)[1] for site in step.sites if site.name in wide}
+    updates = {
+        name: jnp.zeros_like(weight, jnp.promote_types(weight.dtype, jnp.float32)) for name, weight in shapes.items()
+    }
+    found = scan(step._replace(updates=updates), size=size, first=first).statistics  # only G and M of it are used
+    updates = {name: solve(found[name].gram.sum(0), found[name].cross.sum(0)) for name in wide}
+    return scan(step._replace(updates=updates), size=size, first=first)
 
 
 def _scan(

@@ -62,6 +62,7 @@ def make_grow_step(
     refresh: bool = False,
     energy_matrix: bool = False,
     offset_gram: bool = False,
+    estimate_micro_batch: int | None = None,
     how_many: HowMany | None = None,
     null_draws: int = 0,
 ) -> Callable[..., Any]:
@@ -90,6 +91,9 @@ def make_grow_step(
         refresh: estimate again before each site instead of once a round.
         energy_matrix: give the method sum v v', see `estimate`.
         offset_gram: give it what pairs of kernel offsets read, see `estimate`.
+        estimate_micro_batch: statistics of so many samples at a time, see `micro_batch` of `estimate`: for more samples
+            than one capture has room for; best a divisor of three quarters of the batch. Search and acceptance
+            still run forward on all their samples at once.
         how_many: from statistics to the largest number of neurons to add, 0 to skip the site; for a stack of layers the
             most that one of them asks for. None for no limit.
         null_draws: give `how_many` sign-flipped sums, see `estimate`.
@@ -125,6 +129,7 @@ def make_grow_step(
             has_aux=has_aux,
             energy_matrix=energy_matrix,
             offset_gram=offset_gram,
+            micro_batch=estimate_micro_batch,
             null_draws=null_draws,
             num_gates=counts,
         )

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from tinyjax.capture import Captured, capture
 from tinyjax.judging import Path
 from tinyjax.layout import Layout, Params
-from tinyjax.linalg import matmul
+from tinyjax.linalg import matmul, solve
 from tinyjax.methods.heads import cross_at_offsets, energy_at_offsets, gram_at_offsets
 from tinyjax.patches import Sums, conv_sums
 from tinyjax.site import Site
@@ -91,16 +91,19 @@ def site_sums(
     signs: Array | None = None,
     offset_gram: bool = False,
     gates: Array | None = None,
+    update: Array | None = None,
 ) -> Statistics:
     """The record of one site from what its paths captured; a leaf used twice adds its rows.
 
     With `signs` (R, n) also its null sums. With `gates` (*stack, B, C), the record of a gated unit for these gates;
-    without, as if its gate were 1.
+    without, as if its gate were 1. Where no `link` is formed, N is projected against `update`; None: against the best
+    one of these samples.
 
     Raises:
         ValueError: for a kernel used more than once at a site too wide for its `link` to be kept.
     """
-    parts = [_path_sums(site, path, captured, num_samples, energy_matrix, signs, offset_gram, gates) for path in paths]
+    options = num_samples, energy_matrix, signs, offset_gram, gates, update
+    parts = [_path_sums(site, path, captured, *options) for path in paths]
     if len(parts) > 1 and any(part.link is None for part in parts):
         raise ValueError(f"site `{site.name}` is too wide for a kernel that is used {len(parts)} times")
     total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
@@ -128,6 +131,7 @@ def _path_sums(
     signs: Array | None,
     offset_gram: bool,
     gates: Array | None,
+    update: Array | None,
 ) -> Sums:
     """The sums of one path: rows with rows, or images through their windows."""
     x, h, v, weight, gating = path_rows(site, path, captured, num_samples)
@@ -174,6 +178,7 @@ def _path_sums(
         bias=bias,
         energy_matrix=energy_matrix,
         offset_gram=offset_gram,
+        project=solve if update is None else lambda gram, cross: update,
         signs=signs,
     )
 

@@ -1,0 +1,114 @@
+"""Statistics of more samples than one capture holds: micro-batches for losses that couple samples, two passes where N
+cannot be projected before all samples have been seen."""
+
+from functools import partial
+from importlib import import_module
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tinyjax
+from tests import zoo_images
+from tests.zoo import data
+from tinyjax import sums
+from tinyjax.estimate import take_samples
+from tinyjax.patches import conv_sums
+
+FIELDS = ("count", "gram_prev", "cross_prev", "gram", "cross", "link", "energy")
+
+
+@pytest.fixture(scope="module")
+def normalised():
+    """Two convolutions and a dense layer behind batch normalisations in training mode, 24 samples."""
+    model = zoo_images.NORMALISED["linen_training"]()
+    batch = data(24, *model.batch["x"].shape[1:])
+    sites = tinyjax.find_sites(model.loss_fn, model.params, batch, has_aux=True)
+    return model.loss_fn, model.params, batch, sites
+
+
+def test_v_goal_is_that_of_the_mean_over_the_micro_batches(normalised):
+    loss_fn, params, batch, sites = normalised
+    site = sites["first"]
+    found = jax.jit(lambda p, b: tinyjax.estimate(loss_fn, p, b, site, has_aux=True, micro_batch=8))(params, batch)
+
+    def loss(p):
+        return sum(loss_fn(p, take_samples(batch, i, i + 8))[0] for i in (0, 8, 16)) / 3
+
+    (consumer,) = site.consumers
+    gradient = jax.jit(jax.grad(loss))(params)
+    for key in consumer.leaf.split("/"):
+        gradient = gradient[key]
+    cross = tinyjax.moments(found).cross  # rows (kh, kw, channel), bias row last
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    np.testing.assert_allclose(-cross[: len(rows)], rows, rtol=0, atol=1e-12)
+    whole = jax.jit(lambda p, b: tinyjax.estimate(loss_fn, p, b, site, has_aux=True))(params, batch)
+    assert np.abs(found.cross - whole.cross).max() > 1e-3  # another loss: normalised by other samples
+
+
+def test_sums_are_those_of_the_micro_batches(normalised):
+    loss_fn, params, batch, sites = normalised
+
+    def sums_of(p, b, **options):
+        return tinyjax.estimate(loss_fn, p, b, sites["second"], has_aux=True, **options)
+
+    found = jax.jit(partial(sums_of, micro_batch=14))(params, batch)
+    parts = [jax.jit(sums_of)(params, take_samples(batch, *cut)) for cut in ((0, 14), (14, 24))]
+    merged = tinyjax.merge(*parts)
+    for field in FIELDS:
+        np.testing.assert_allclose(getattr(found, field), getattr(merged, field), rtol=1e-9, atol=1e-12, err_msg=field)
+
+
+def conv(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def plain_loss(p, batch):
+    return jnp.mean((conv(jnp.tanh(conv(batch["x"], p["k"])), p["u"]) - batch["t"]) ** 2)
+
+
+def test_wide_sites_pass_twice(monkeypatch):
+    """No chunk alone knows the update that N is projected against."""
+    rng = np.random.default_rng(0)
+    params = {"k": jnp.asarray(rng.normal(size=(3, 3, 2, 3))), "u": jnp.asarray(rng.normal(size=(3, 3, 3, 2)))}
+    batch = {"x": jnp.asarray(rng.normal(size=(20, 4, 4, 2))), "t": jnp.asarray(rng.normal(size=(20, 4, 4, 2)))}
+    (site,) = tinyjax.find_sites(plain_loss, params, batch)
+    monkeypatch.setattr(sums, "conv_sums", partial(conv_sums, link_limit=1))
+    monkeypatch.setattr(import_module("tinyjax.estimate"), "LINK_LIMIT", 1)
+    found, whole, apart = (
+        jax.jit(lambda p, b, c=chunk: tinyjax.estimate(plain_loss, p, b, site, chunk=c))(params, part)
+        for chunk, part in ((8, batch), (None, batch), (None, take_samples(batch, 0, 8)))
+    )
+    assert found.link is None
+    for field in (*FIELDS[:5], "energy", "cross_asked"):
+        np.testing.assert_allclose(getattr(found, field), getattr(whole, field), rtol=1e-9, atol=1e-11, err_msg=field)
+    assert np.abs(apart.cross_prev / 8 - whole.cross_prev / 20).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_growing_with_them(normalised):
+    loss_fn, params, _, sites = normalised
+    batch = data(32, 4, 4, 2)
+    site = sites["first"]
+    params = tinyjax.thin(params, site, 1)
+    grow_step = tinyjax.make_grow_step(loss_fn, site, num_neurons=1, has_aux=True, estimate_micro_batch=8)
+    new, info = grow_step(params, batch)
+    assert int(tinyjax.width(new, site)) == 2 and info.loss_after["first"] <= info.loss_before["first"]
+    parts = [take_samples(batch, i, i + 8) for i in (0, 8, 16)]
+    estimate = jax.jit(lambda p, b: tinyjax.moments(tinyjax.estimate(loss_fn, p, b, site, has_aux=True)).energy)
+    energy = np.mean([estimate(params, part) for part in parts])
+    np.testing.assert_allclose(info.psi_before["first"], energy, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(micro_batch=7), "even number of samples, got 7"),
+        (dict(micro_batch=8, chunk=8), "leave one out"),
+    ],
+)
+def test_misuse(normalised, options, message):
+    loss_fn, params, batch, sites = normalised
+    with pytest.raises(ValueError, match=message):
+        tinyjax.estimate(loss_fn, params, batch, sites["first"], has_aux=True, **options)
