@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import bottleneck, convergence, cost, estimation, pure_growth, report, results
+from experiments import bottleneck, convergence, cost, estimation, lora, pure_growth, report, results
 from tinyjax.models.resnet import STREAM, inner_widths
 
-SCRIPTS = ("bottleneck", "convergence", "estimation", "pure_growth", "cost")
+SCRIPTS = ("bottleneck", "convergence", "estimation", "pure_growth", "cost", "lora")
 FOLDER = Path(results.__file__).parent
 
 
@@ -74,6 +74,11 @@ def test_what_smoke_runs_find_is_possible(finished):
             assert all(
                 row["parameters"] == (64 + 1 + 10) * row["widths"]["hidden_1"] for row in rows
             )  # not the logits' bias
+    if name == "lora":
+        limit = results.select(found.rows, run="fixed")[0]["parameters"]
+        for run in ("grown", "uniform", "random births"):
+            parameters = results.column(results.select(found.rows, run=run), "parameters")
+            assert parameters[0] == 0 and np.all(np.diff(parameters) >= 0) and 0 < parameters[-1] <= limit
     if name == "cost":
         assert all(row["ratio"] == 1 for row in results.select(found.rows, what="training step"))
         assert {row["kind"] for row in results.select(found.rows, part="part")} == {"dense", "conv"}
@@ -175,7 +180,7 @@ def test_numbers_as_json_has_them():
     np.testing.assert_array_equal(results.column(rows, "b"), [2, np.nan])
 
 
-@pytest.mark.parametrize("module", [bottleneck, convergence, estimation, pure_growth, cost])
+@pytest.mark.parametrize("module", [bottleneck, convergence, estimation, pure_growth, cost, lora])
 def test_an_unknown_preset_ends_with_a_message(module, capsys):
     with pytest.raises(SystemExit) as stopped:
         module.main(["--preset", "tpu"])
