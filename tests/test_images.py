@@ -11,6 +11,8 @@ from flax import linen as nn
 from jax import lax
 from zoo import data, draw
 
+from tinyjax.models.dropout import unit_dropout
+from tinyjax.models.norms import WidthGroupNorm, WidthLayerNorm, WidthRMSNorm
 from tinyjax.sites import find_sites
 
 MODELS = zoo_images.IMAGES | zoo_images.NORMALISED | zoo_images.KINKED
@@ -89,16 +91,19 @@ def miscounted(h):
 
 
 REFUSED = {
-    "group_norm": (lambda h: nn.tanh(nn.GroupNorm(2)(h)), "another axis"),
+    "group_norm": (lambda h: nn.tanh(nn.GroupNorm(2)(h)), "summary of themselves"),
     "instance_norm": (lambda h: nn.tanh(nn.InstanceNorm()(h)), "instance"),
     "layer_norm": (lambda h: nn.tanh(nn.LayerNorm()(h)), "mixed by `reduce_sum`"),
     "layer_norm_all": (lambda h: nn.tanh(nn.LayerNorm(reduction_axes=(1, 2, 3))(h)), "layer"),
     "rms_norm": (lambda h: nn.tanh(nn.RMSNorm()(h)), ""),
+    "width_group_norm": (lambda h: nn.tanh(WidthGroupNorm(2)(h)), "`WidthGroupNorm` normalises it"),
+    "width_layer_norm": (lambda h: nn.tanh(WidthLayerNorm()(h)), "between convolutions or poolings"),
+    "width_rms_norm": (lambda h: nn.tanh(WidthRMSNorm()(h)), "between convolutions or poolings"),
     "batch_norm_no_scale": (lambda h: nn.BatchNorm(use_running_average=True, use_scale=False)(h), "one scale"),
     "batch_norm_no_shift": (lambda h: nn.BatchNorm(use_running_average=True, use_bias=False)(h), "one scale"),
     "batch_statistics_alone": (lambda h: (h - h.mean((0, 1, 2))) / (h.std((0, 1, 2)) + 1e-5), "one scale"),
     "batch_norm_twice": (lambda h: nn.BatchNorm(True)(nn.tanh(nn.BatchNorm(True)(h))), ""),
-    "squeeze_excite": (squeeze_excite, "2 producers"),
+    "squeeze_excite": (squeeze_excite, "read different tensors"),
     "dropout": (lambda h: h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape), "dropout"),
     "drop_channels": (lambda h: h * jax.random.bernoulli(jax.random.key(0), 0.5, (4,)), "dropout"),
     "upsampled": (lambda h: jnp.repeat(h, 2, axis=1), "other pixels"),
@@ -234,7 +239,7 @@ ELSEWHERE = {
     "both_sides_of_a_gate": (
         lambda p, x: conv(jnp.tanh(conv(x, p["k"])) * conv(x, p["g"]), p["u"]),
         KERNELS | dict(g=(3, 2, 3, 3)),
-        "2 producers",
+        "a gated unit between convolutions",
     ),
 }  # fmt: skip
 
@@ -245,3 +250,12 @@ def test_refused_readers(name):
     sites = find_sites(zoo_images.squares(apply), draw(**shapes), data(4, 2, 4, 4))
     assert not sites["k"].growable and word in sites["k"].reason, sites["k"].reason
     assert len(sites["k"].reason) > 10
+
+
+def test_dropout_by_unit_grows_between_convolutions():
+    def loss_fn(p, batch):
+        h = jnp.moveaxis(conv(batch["x"], p["k"]), 1, -1)
+        return jnp.mean(conv(jnp.moveaxis(unit_dropout(batch["key"], h, 0.5), -1, 1), p["u"]) ** 2)
+
+    batch = data(4, 2, 4, 4) | {"key": jax.random.key(0)}
+    assert find_sites(loss_fn, draw(**KERNELS), batch)["k"].growable

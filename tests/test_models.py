@@ -240,7 +240,7 @@ def test_group_norm_is_that_of_the_live_channels(width):
     def pad(values):
         return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 7 - width)])
 
-    out = width_group_norm(pad(x), pad(scale), pad(shift), 1e-3, group_size=2)
+    out = width_group_norm(*map(jnp.asarray, (pad(x), pad(scale), pad(shift))), 1e-3, group_size=2)
     np.testing.assert_allclose(out, pad(expected), atol=1e-12)
 
 

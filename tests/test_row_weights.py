@@ -67,6 +67,7 @@ WEIGHTED["moved"] = {
     "flipped": lambda h, p, b: h[:, ::-1],
     "summed": lambda h, p, b: jnp.cumsum(h, 1),
     "mixed": lambda h, p, b: jnp.einsum("ts,nsh->nth", jnp.asarray(mask[:4]), h),
+    "two_ways": lambda h, p, b: h * b["m"][..., None] + h,
     "mixed_and_masked": lambda h, p, b: jnp.einsum("nts,nsh->nth", b["x"][..., :4], h * b["m"][..., None]),
 }
 
@@ -249,7 +250,6 @@ def test_dropout_by_unit_grows():
 # What stays refused
 
 REFUSED = {
-    "two_ways": (lambda h, p, b: h * b["m"][..., None] + h, "weighted in two ways"),
     "clipped": (lambda h, p, b: jnp.maximum(h, b["m"][..., None]), "weighted one by one"),
     "divided_into": (lambda h, p, b: b["m"][..., None] / h, ""),
     "pooled": (lambda h, p, b: (h * b["m"][..., None]).mean(1, keepdims=True), "between convolutions or poolings"),
@@ -264,8 +264,8 @@ REFUSED = {
     "counts_all": (lambda h, p, b: width_rms_norm(h, p["g"], jnp.ones(4)), "is no parameter"),
     "counts_by_scale": (lambda h, p, b: width_rms_norm(h, p["g"], p["g"]), "more than once"),
     "counts_a_function": (lambda h, p, b: width_rms_norm(h, p["g"], 1 + p["n"]), "is no parameter"),
-    "group_norm": (lambda h, p, b: width_group_norm(h, p["g"], p["a"], group_size=2), ""),
-    "dropout_before_a_pool": (lambda h, p, b: unit_dropout(b["k"], h, 0.5) * h[:, ::-1], "mixed by `rev`"),
+    "group_norm": (lambda h, p, b: width_group_norm(h, p["g"], p["a"], group_size=2), "`WidthGroupNorm` normalises it"),
+    "dropout_before_a_pool": (lambda h, p, b: unit_dropout(b["k"], h, 0.5) * h[:, ::-1], "mixed by `tinyjax_unit_dropout`"),
 }
 
 

@@ -30,6 +30,11 @@ WINDOW_MEAN = "reduce_window_mean"
 _SUMS = ("add", "add_any", "sub")
 _STEEP = frozenset("acos acosh asin atanh cbrt div integer_pow log log1p pow rsqrt sqrt".split())
 _NORMS = ("tinyjax_centred", "tinyjax_inverse_rms")
+_GROUPED = (
+    "`WidthGroupNorm` normalises it: a newborn changes the statistics of its group or, alone in one, is rescaled "
+    "whatever its fan-in; a batch normalisation grows, and between matrix products so do `WidthRMSNorm` and "
+    "`WidthLayerNorm`"
+)
 
 
 class Meeting(NamedTuple):
@@ -111,6 +116,8 @@ class Flow:
     def _follow(self, op: Op) -> None:
         if op.name in _NORMS:
             self._count(op)
+        if op.name == "tinyjax_group_norm":
+            self.trouble = _GROUPED
         along = [out for out in op.outs if self._has_slots(out)]
         if not along:
             return  # the dimension ends here: a consumer, or a reduction over it

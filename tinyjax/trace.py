@@ -20,7 +20,7 @@ JIT = frozenset({"jit", "pjit", "closed_call", "core_call", "xla_call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
 # Jitted functions of `tinyjax.models` that stay one operation each: what they do to a slot is known by their name.
-OWN = frozenset({"tinyjax_centred", "tinyjax_inverse_rms", "tinyjax_unit_dropout"})
+OWN = frozenset({"tinyjax_centred", "tinyjax_inverse_rms", "tinyjax_unit_dropout", "tinyjax_group_norm"})
 MATMULS = frozenset({"dot_general", "conv_general_dilated"})
 # Operations that only rename or rearrange entries: what they return is the same tensor.
 VIEWS = frozenset(

@@ -85,7 +85,6 @@ def tinyjax_inverse_rms(
     return jax.lax.rsqrt(_mean(x**2, counted != 0, (-1,)) + epsilon)
 
 
-@jax.jit(static_argnames="group_size")
 def width_group_norm(
     x: Float[Array, "n *space c"],
     scale: Float[Array, " c"],
@@ -106,6 +105,19 @@ def width_group_norm(
         epsilon: added to the variance.
         group_size: channels a group.
     """
+    return tinyjax_group_norm(x, scale, shift, epsilon, group_size=group_size)
+
+
+@jax.jit(static_argnames="group_size")
+def tinyjax_group_norm(
+    x: Float[Array, "n *space c"],
+    scale: Float[Array, " c"],
+    shift: Float[Array, " c"],
+    epsilon: float | Array,
+    *,
+    group_size: int,
+) -> Float[Array, "n *space c"]:
+    """`width_group_norm`, under the name by which discovery knows it in a jaxpr."""
     capacity = x.shape[-1]
     fill = -capacity % group_size
     live = scale != 0
