@@ -38,26 +38,30 @@ class Config(NamedTuple):
 
     Attributes:
         dataset: its name.
+        pool: images are averaged over squares of so many pixels.
         stream: channels of the residual stream, by stage.
         starts: widths inside the blocks at the start, by the name of the fraction.
+        neurons: added to each block by a growth.
         between: epochs between growths.
         extra: epochs after the last growth.
         methods: names of `METHODS`.
-        references: whether the starting and the final network are trained too.
         seeds: of initialisation, order and growth.
         augment: whether training images are cropped and mirrored.
+        learning_rate: of SGD.
         full: whether all slots are allocated from the start; else in multiples of 8.
     """
 
     dataset: str
+    pool: int
     stream: tuple[int, ...]
     starts: dict[str, tuple[int, ...]]
+    neurons: tuple[int, ...]
     between: tuple[float, ...]
     extra: float
     methods: tuple[str, ...]
-    references: bool
     seeds: tuple[int, ...]
     augment: bool = False
+    learning_rate: float = 1e-2
     full: bool = True
 
 
@@ -74,21 +78,45 @@ METHODS: dict[str, dict[str, Any]] = {
     "random0": dict(method=methods.random0, update=None),
 }
 PAPER_STARTS = {"1/4": paper.inner_widths(1 / 4), "1/64": paper.inner_widths(1 / 64)}
-QUARTER = (16, 32, 64, 128)
-THIN_STARTS = {"1/4": (4, 4, 8, 8, 16, 16, 32, 32), "1/64": PAPER_STARTS["1/64"]}
+COMPARED = ("TINY", "GradMax", "GradMax, figure 16")
+SEEDS = (0, 1, 2, 3)
 PRESETS = {
-    "smoke": Config("mnist5k", (4, 8), {"1/2": (2, 4, 8, 8)}, (0.05,), 0.05, ("TINY", "GradMax"), True, (0,)),
-    "cpu": Config("mnist5k", QUARTER, THIN_STARTS, (0.25,), 2, ("TINY", "GradMax"), True, (0,)),
-    "gpu": Config("mnist5k", QUARTER, THIN_STARTS, (0.25,), 5, ("TINY", "GradMax", "random0"), True, (0, 1, 2, 3)),
+    # Two stages, 8 and 16 channels, images of 7 x 7, ten times the step size: what 64 runs on two cores allow.
+    "smoke": Config("mnist5k", 4, (4,), {"1/2": (2, 4)}, (2, 2), (0.05,), 0.05, ("TINY", "GradMax"), (0,)),
+    "cpu": Config(
+        dataset="mnist5k",
+        pool=4,
+        stream=(8, 16),
+        starts={"1/4": (2, 2, 4, 4), "1 channel": (1, 1, 1, 1)},
+        neurons=(2, 2, 4, 4),
+        between=paper.BETWEEN,
+        extra=3,
+        methods=(*COMPARED, "tiny0 + dW*", "random0"),
+        seeds=SEEDS,
+        learning_rate=0.1,
+    ),
+    # A quarter of the paper's channels; 1/16 of those is 1/64 of the paper's.
+    "gpu": Config(
+        dataset="mnist5k",
+        pool=1,
+        stream=(16, 32, 64, 128),
+        starts={"1/4": (4, 4, 8, 8, 16, 16, 32, 32), "1/64": PAPER_STARTS["1/64"]},
+        neurons=paper.NEURONS,
+        between=(0.25,),
+        extra=5,
+        methods=("TINY", "GradMax", "random0"),
+        seeds=SEEDS,
+    ),
     "paper": Config(
-        "cifar100",
-        paper.STREAM,
-        PAPER_STARTS,
-        paper.BETWEEN,
-        250,
-        ("TINY", "GradMax", "GradMax, figure 16"),
-        True,
-        (0, 1, 2, 3),
+        dataset="cifar100",
+        pool=1,
+        stream=paper.STREAM,
+        starts=PAPER_STARTS,
+        neurons=paper.NEURONS,
+        between=paper.BETWEEN,
+        extra=250,
+        methods=COMPARED,
+        seeds=SEEDS,
         augment=True,
         full=False,
     ),
@@ -100,35 +128,44 @@ def protocol(config: Config, start: str, between: float) -> paper.Protocol:
     return paper.Protocol(
         stream=config.stream,
         start=config.starts[start],
-        neurons=paper.NEURONS[: 2 * len(config.stream)],
+        neurons=config.neurons,
         between=between,
         extra=config.extra,
-        optimizer=partial(optax.sgd, 1e-2),
+        optimizer=partial(optax.sgd, config.learning_rate),
         augment=config.augment,
     )
 
 
 def parts(config: Config) -> Mapping[str, Callable[[], list[Row]]]:
-    """Every run by its name."""
-    loaded = cache(partial(load, config.dataset))
+    """Every run by its name. All share their programs, which depend on the widths at the end alone."""
 
     @cache
-    def network(start: str, between: float) -> resnet.Network:
+    def base() -> resnet.Network:
         policy = tinyjax.full if config.full else tinyjax.multiple_of(8)
-        return resnet.build(resnet.Preset(protocol(config, start, between), policy), *loaded())
+        dataset, splits = load(config.dataset)
+        small = {name: batch._replace(image=_pooled(batch.image, config.pool)) for name, batch in splits.items()}
+        first = protocol(config, next(iter(config.starts)), config.between[0])
+        return resnet.build(resnet.Preset(first, policy), dataset, small)
+
+    def network(start: str, between: float) -> resnet.Network:
+        return resnet.on_schedule(base(), protocol(config, start, between))
 
     runs: dict[str, Callable[[], list[Row]]] = {}
-    for start in config.starts:
-        for between in config.between:
-            for method in config.methods:
+    for method in (*config.methods, *REFERENCES):
+        run_of = _reference if method in REFERENCES else _grown
+        for start in config.starts:
+            # References do not grow: one, trained as long as the slowest growth, serves all.
+            for between in config.between[-1:] if method in REFERENCES else config.between:
                 for seed in config.seeds:
                     name = f"{method} {start} {between} {seed}"
-                    runs[name] = partial(_grown, network, config.dataset, method, start, between, seed)
-            for reference in REFERENCES if config.references else ():
-                for seed in config.seeds:
-                    name = f"{reference} {start} {between} {seed}"
-                    runs[name] = partial(_reference, network, config.dataset, reference, start, between, seed)
+                    runs[name] = partial(run_of, network, config.dataset, method, start, between, seed)
     return runs
+
+
+def _pooled(images: Any, size: int) -> Any:
+    """Means over squares of `size` pixels: (n, height, width, channels) -> (n, height / size, width / size, ...)."""
+    n, height, width, channels = images.shape
+    return images.reshape(n, height // size, size, width // size, size, channels).mean((2, 4))
 
 
 def _grown(
@@ -151,7 +188,7 @@ def _follow(network: resnet.Network, of_run: Row, start: Callable[..., Any]) -> 
     """The curve of a run, a row before every growth, then one an epoch; its accuracies after growth and at the end."""
     calendar, protocol = network.calendar, network.protocol
     num_train = len(network.splits["train"].label)
-    measured = {"test": network.splits["test"], "train": data.Batch(*(x[:EVALUATED] for x in network.splits["train"]))}
+    train = data.Batch(*(x[:EVALUATED] for x in network.splits["train"]))
     steps = len(calendar.sizes)
     grown_at = int(np.searchsorted(calendar.starts, (protocol.growths * protocol.between) * num_train))
     epoch_ends = np.searchsorted(calendar.starts, np.arange(1, 1 + int(protocol.epochs)) * num_train)
@@ -160,13 +197,13 @@ def _follow(network: resnet.Network, of_run: Row, start: Callable[..., Any]) -> 
     rejected, seen = 0, 0
     row: Row = {}
     after_growth: Row = {}
+    train_accuracies: list[float] = []
     for record in start(network, of_run["seed"]):
         if record.growth is not None:
             (written,) = (int(record.growth.written[name]) for name in record.growth.written)
             rejected += written == 0
         seen += int(calendar.sizes[record.step - 1])
         if record.step in due:
-            accuracy = {name: network.correct(record.params, record.sites, batch) for name, batch in measured.items()}
             widths = tuple(record.width.values())
             row = dict(
                 **of_run,
@@ -176,18 +213,20 @@ def _follow(network: resnet.Network, of_run: Row, start: Callable[..., Any]) -> 
                 parameters=network.parameters(widths),
                 growing=record.step <= grown_at,
                 loss=float(record.loss),
-                **accuracy,
+                test=network.correct(record.params, record.sites, network.splits["test"]),
             )
             yield row
+        if record.step in (grown_at, steps):
+            train_accuracies.append(network.correct(record.params, record.sites, train))
         if record.step == grown_at:
             after_growth = row
     yield dict(
         **of_run,
         part="end",
         after_growth=after_growth["test"],
-        after_growth_train=after_growth["train"],
+        after_growth_train=train_accuracies[0],
         converged=row["test"],
-        converged_train=row["train"],
+        converged_train=train_accuracies[-1],
         growths=protocol.growths,
         rejected=rejected,
         parameters=row["parameters"],

@@ -80,6 +80,8 @@ class Network(NamedTuple):
         init: (key, widths by site) -> parameters of a network of these widths.
         correct: (capacities, parameters, batch) -> fraction of correct answers, running statistics in use.
         parameters: inner widths -> number of parameters.
+        optimizer: of all runs.
+        programs: what was compiled, for the runs of all seeds.
     """
 
     protocol: paper.Protocol
@@ -92,6 +94,8 @@ class Network(NamedTuple):
     init: Callable[[jax.Array, Mapping[str, int]], Any]
     correct: Callable[[Any, tinyjax.Sites, data.Batch], float]
     parameters: Callable[[tuple[int, ...]], int]
+    optimizer: optax.GradientTransformation
+    programs: dict[Any, Any]
 
 
 def trained(variables: Any) -> Any:
@@ -113,6 +117,7 @@ def build(preset: Preset, dataset: data.Dataset, splits: Mapping[str, data.Batch
     def model(widths: tuple[int, ...]) -> ResNet18:
         return ResNet18(widths, dataset.num_classes, relu, protocol.stream)
 
+    @cache  # `fit` shares programs by the identity of the loss
     def loss_of(widths: tuple[int, ...]) -> Callable[..., Any]:
         def loss_fn(variables: Any, batch: data.Batch) -> tuple[jax.Array, Any]:
             logits, updates = model(widths).apply(variables, batch.image, train=True, mutable=["batch_stats"])
@@ -155,7 +160,15 @@ def build(preset: Preset, dataset: data.Dataset, splits: Mapping[str, data.Batch
         init,
         correct,
         parameters,
+        tinyjax.with_birth(protocol.optimizer()),
+        {},
     )
+
+
+def on_schedule(network: Network, protocol: paper.Protocol) -> Network:
+    """The same network, its programs included, with another start and another time between growths."""
+    num_train = len(network.splits["train"].label)
+    return network._replace(protocol=protocol, calendar=paper.calendar(protocol, network.parameters, num_train))
 
 
 def stream(network: Network, seed: int, step: int) -> Iterator[data.Batch]:
@@ -194,7 +207,7 @@ def grow(network: Network, seed: int, record: tinyjax.Record | None = None, **gr
         network.make_loss({site.name: site.capacity for site in sites}),
         params,
         stream(network, seed, state.get("step", 0)),
-        tinyjax.with_birth(protocol.optimizer()),
+        network.optimizer,
         paper.algorithm_1(neurons, final, lambda step: int(due[step])),
         key,
         num_neurons=neurons,
@@ -208,6 +221,7 @@ def grow(network: Network, seed: int, record: tinyjax.Record | None = None, **gr
         trainable=trained,
         has_aux=True,
         with_aux=with_running_statistics,
+        programs=network.programs,
         **state,
         **growth,
     )
@@ -227,7 +241,7 @@ def full_from_start(
         network.make_loss(at),
         network.init(key, at) if record is None else record.params,
         stream(network, seed, state.get("step", 0)),
-        tinyjax.with_birth(network.protocol.optimizer()),
+        network.optimizer,
         never,
         key,
         num_neurons=1,
@@ -236,6 +250,7 @@ def full_from_start(
         trainable=trained,
         has_aux=True,
         with_aux=with_running_statistics,
+        programs=network.programs,
         **state,
     )
 
@@ -255,7 +270,7 @@ def prepare(config: argparse.Namespace) -> Task:
         },
         accuracy=network.correct,
         splits=measured,
-        optimizer=tinyjax.with_birth(network.protocol.optimizer()),
+        optimizer=network.optimizer,
         trainable=trained,
         steps=steps,
         evaluate_every=max(1, round(len(splits["train"].label) / network.calendar.sizes[-1])),

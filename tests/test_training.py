@@ -199,6 +199,31 @@ def test_a_fixed_key_reproduces_a_run(thin):
     assert np.abs(first.params["w"] - other.params["w"]).max() > 1e-3
 
 
+def test_runs_that_share_programs_compile_once(thin):
+    traces = []
+
+    def counted(params, batch):
+        traces.append(None)
+        return loss_fn(params, batch)
+
+    optimizer, programs, schedule = tinyjax.with_birth(optax.adam(1e-2)), {}, tinyjax.every(1, 1, final=8)
+    sites = tinyjax.find_sites(counted, thin, make_batches(1)[0]).growable
+
+    def run(seed, **options):
+        records = tinyjax.fit(
+            counted, thin, make_batches(3), optimizer, schedule, jax.random.key(seed), num_neurons=1, sites=sites,
+            growth_samples=32, programs=programs, **(CHEAP | options),
+        )  # fmt: skip
+        return list(records)[-1]
+
+    first, seen = run(0), len(traces)
+    other = run(1)
+    assert len(traces) == seen and np.abs(first.params["w"] - other.params["w"]).max() > 1e-3
+    chex.assert_trees_all_equal(run(0).params, first.params)
+    run(0, method=tinyjax.net2net)  # another method is another program
+    assert len(traces) > seen and len(programs) == 2
+
+
 def test_a_run_goes_on_from_any_record_as_if_it_had_not_been_stopped(thin):
     batches, schedule = make_batches(6), tinyjax.every(2, 2, final=8)
     whole = fit(thin, batches, schedule, **CHEAP)

@@ -182,6 +182,7 @@ def fit(
     opt_state: Any = None,
     step: int = 0,
     history: Sequence[GrowthInfo] = (),
+    programs: dict[Any, Any] | None = None,
     **growth: Any,
 ) -> Iterator[Record]:
     """Trains on `batches`, grows when `schedule` says so, yields a record a step.
@@ -216,6 +217,8 @@ def fit(
         opt_state: of a run to go on with; default: the optimizer's initial state.
         step: number of gradient steps done before.
         history: growths done before.
+        programs: keeps what was compiled: pass one dict to the runs of several seeds, and only the first compiles.
+            Programs are shared by runs whose `loss_fn`, `optimizer` and other functions are the same objects.
         **growth: further options of `make_grow_step` (`method`, `update`, `fill`, ...).
 
     Yields:
@@ -241,7 +244,7 @@ def fit(
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"`micro_batch` must be at least 1 sample, got {micro_batch}")
     options = dict(optimizer=optimizer, trainable=trainable, has_aux=has_aux) | growth
-    compiled = _Compiled(loss_fn, found, most, options, with_aux, history)
+    compiled = _Compiled(loss_fn, found, most, options, with_aux, programs, history)
     opt_state = optimizer.init(trainable(params)) if opt_state is None else opt_state
     widths = _widths(params, found)
     history = tuple(history)
@@ -259,7 +262,7 @@ def fit(
                     params, found, capacities, optimizer=optimizer, opt_state=opt_state, trainable=trainable
                 )
                 loss_fn = loss_fn if make_loss is None else make_loss(capacities)
-                compiled = _Compiled(loss_fn, found, most, options, with_aux)
+                compiled = _Compiled(loss_fn, found, most, options, with_aux, programs)
             fits = {name: min(k, found[name].capacity - widths[name]) for name, k in wanted.items()}
             fits = {name: k for name, k in fits.items() if k}
             if fits:
@@ -281,6 +284,28 @@ def _check_wanted(wanted: Mapping[str, int], sites: Sites, most: Mapping[str, in
             )
 
 
+class _TrainingPrograms(NamedTuple):
+    """Jitted: a step; and in parts, for micro-batches, a gradient, a sum of two, and the update by their mean."""
+
+    step: Callable[..., Any]
+    gradient: Callable[..., Any]
+    add: Callable[..., Any]
+    update: Callable[..., Any]
+
+
+def _training_programs(loss_fn: LossFn, options: Mapping[str, Any]) -> _TrainingPrograms:
+    optimizer, trainable, has_aux = (options[name] for name in ("optimizer", "trainable", "has_aux"))
+    return _TrainingPrograms(
+        jax.jit(train_step(loss_fn, optimizer, trainable=trainable, has_aux=has_aux)),
+        jax.jit(_gradient_step(loss_fn, trainable, has_aux)),
+        jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0),
+        jax.jit(partial(_mean_update, _update_step(optimizer, trainable))),
+    )
+
+
+_Programs = tuple[_TrainingPrograms, dict[frozenset[str], Callable[..., Any]]]
+
+
 class _Compiled:
     """The programs of a capacity: one for training, one for each set of sites that grow together."""
 
@@ -291,29 +316,28 @@ class _Compiled:
         most: Mapping[str, int],
         options: dict[str, Any],
         with_aux: WithAux | None,
+        programs: dict[Any, Any] | None,
         history: Sequence[GrowthInfo] = (),
     ):
         self._loss_fn, self._sites, self._options, self._with_aux = loss_fn, sites, options, with_aux
         # A growth never adds more than a site has slots; a network that starts without room is resized first.
         self._counts = {name: min(k, sites[name].capacity) for name, k in most.items()}
-        self._growths: dict[frozenset[str], Callable[..., Any]] = {}
+        fresh: _Programs = (_training_programs(loss_fn, options), {})
+        if programs is not None:
+            fresh = programs.setdefault((loss_fn, sites, *self._counts.items(), *options.items()), fresh)
+        self._training, self._growths = fresh
         # The sets of sites with a program, oldest first: those of the run that this one goes on with are known from
         # what its growths report, so that it chooses as that run would have, and its draws are the same.
         present = (frozenset(info.width) for info in history if _at_capacities(info, sites))
         self._known: list[frozenset[str]] = list(dict.fromkeys(present))
-        optimizer, trainable, has_aux = (options[name] for name in ("optimizer", "trainable", "has_aux"))
-        self._step = jax.jit(train_step(loss_fn, optimizer, trainable=trainable, has_aux=has_aux))
-        self._gradient = jax.jit(_gradient_step(loss_fn, trainable, has_aux))
-        self._add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
-        self._update = jax.jit(partial(_mean_update, _update_step(optimizer, trainable)))
 
     def grow(self, params: Params, opt_state: Any, batch: Any, key: Array, neurons: Mapping[str, int]) -> Any:
         names = frozenset(neurons)
         if names not in self._known:
             # A schedule whose sites fill up one by one asks for fewer and fewer of them: no new program for that.
             names = next((known for known in self._known if names < known), names)
+        self._known += [] if names in self._known else [names]
         if names not in self._growths:
-            self._known += [] if names in self._known else [names]
             self._growths[names] = self._compile(names)
         return self._growths[names](params, batch, opt_state, key, dict(neurons))
 
@@ -324,17 +348,17 @@ class _Compiled:
 
     def train(self, params: Params, opt_state: Any, batch: Any, micro_batch: int | None) -> tuple[Params, Any, Array]:
         if micro_batch is None:
-            params, opt_state, loss, aux = self._step(params, opt_state, batch)
+            params, opt_state, loss, aux = self._training.step(params, opt_state, batch)
             return self._after(params, aux), opt_state, loss
         size = batch_size(batch)
         if size % micro_batch:
             raise ValueError(f"a batch of {size} samples is not a multiple of `micro_batch`, {micro_batch}")
         total = None
         for start in range(0, size, micro_batch):
-            gradient, loss, aux = self._gradient(params, take_samples(batch, start, start + micro_batch))
+            gradient, loss, aux = self._training.gradient(params, take_samples(batch, start, start + micro_batch))
             params = self._after(params, aux)
-            total = (gradient, loss) if total is None else self._add(total, (gradient, loss))
-        return self._update(params, opt_state, total, size // micro_batch)
+            total = (gradient, loss) if total is None else self._training.add(total, (gradient, loss))
+        return self._training.update(params, opt_state, total, size // micro_batch)
 
     def _after(self, params: Params, aux: Any) -> Params:
         return params if self._with_aux is None else self._with_aux(params, aux)
