@@ -1,6 +1,7 @@
 # make run     trains and grows the demo: creates .venv, installs, runs `python -m experiments.grow`
 # make test    the fast tests (make test-all: the slow ones too)
 # make lint    format, lint and type check
+# make docs    build the API pages: docs/api/index.html
 # make notebooks   run the notebooks, without changing them
 # Another Python gets an environment of its own: make test PYTHON=python3.12
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?= -q -n auto --maxprocesses 4
 
-.PHONY: run test test-all lint format notebooks clean
+.PHONY: run test test-all lint format notebooks docs clean
 
 run: $(VENV)/.demo
 	$(BIN)/python -m experiments.grow $(ARGS)
@@ -28,12 +29,15 @@ lint: $(VENV)/.dev
 notebooks: $(VENV)/.dev
 	$(BIN)/jupyter execute notebooks/*.ipynb
 
+docs: $(VENV)/.dev
+	$(BIN)/python docs/pages.py docs/api
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv* build dist *.egg-info .pytest_cache .ruff_cache results
+	rm -rf docs/api .venv* build dist *.egg-info .pytest_cache .ruff_cache results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -72,6 +72,9 @@ METHODS: dict[str, dict[str, Any]] = {
         amplitude=tinyjax.fixed(1.0),
         update=None,
     ),
+    "TINY, fan-in 1": dict(
+        method=tinyjax.normalized(TINY, alpha=1.0, omega=paper.NEURON_NORM), amplitude=tinyjax.fixed(1.0), update=None
+    ),
     "GradMax": dict(method=partial(methods.gradmax, scale=paper.GRADMAX_NORM), update=None),
     "GradMax, figure 16": dict(method=partial(methods.gradmax, scale=paper.NEURON_NORM), update=None),
     "tiny0 + dW*": dict(method=methods.tiny0),
@@ -92,6 +95,19 @@ PRESETS = {
         between=paper.BETWEEN,
         extra=3,
         methods=(*COMPARED, "tiny0 + dW*", "random0"),
+        seeds=SEEDS,
+        learning_rate=0.1,
+    ),
+    # What the size of a newborn's fan-in does: 0.03 as in E.3.1, 1, and that of an ordinary initialisation.
+    "norms": Config(
+        dataset="mnist5k",
+        pool=4,
+        stream=(8, 16),
+        starts={"1 channel": (1, 1, 1, 1)},
+        neurons=(2, 2, 4, 4),
+        between=(0.25,),
+        extra=3,
+        methods=("TINY", "TINY, fan-in 1", "GradMax", "random0"),
         seeds=SEEDS,
         learning_rate=0.1,
     ),
@@ -241,6 +257,7 @@ def measure(config: Config) -> Iterator[Row]:
 
 COLOURS = {
     "TINY": "#c8553d",
+    "TINY, fan-in 1": "#e8a08f",
     "GradMax": "#3d6c8f",
     "GradMax, figure 16": "#8fb3cc",
     "tiny0 + dW*": "#7a9e7e",

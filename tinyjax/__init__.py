@@ -4,6 +4,29 @@ tinyjax measures from backpropagation alone where a network is stuck (its *expre
 update of its weights and the best neurons to add in closed form, and adds them inside a jitted training loop. It is
 the method of Verbockhaven et al., *Growing Tiny Networks: Spotting Expressivity Bottlenecks and Fixing Them Optimally*
 (TMLR 2024), for unmodified models in Flax, Equinox, Haiku or plain JAX.
+
+Every example of these pages goes on from this one, a network of two hidden layers with 4 of their 12 neurons in use:
+
+    >>> from functools import partial
+    >>> import jax, jax.numpy as jnp, numpy as np, optax, tinyjax
+    >>> from tinyjax import costs, data, methods, models, plot
+    >>> key = jax.random.key(0)
+    >>> images = jax.random.normal(key, (64, 2, 2, 1))
+    >>> batch = data.Batch(images, (images[:, 0, 0, 0] > 0).astype(int))
+    >>> network = models.MLP(widths=(12, 12), num_classes=2)
+    >>> def loss_fn(params, batch):
+    ...     logits = network.apply(params, batch.image)
+    ...     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean()
+    >>> params = network.init(key, images)
+    >>> sites = tinyjax.find_sites(loss_fn, params, batch)
+    >>> params = tinyjax.thin(params, sites, 4)
+    >>> site = sites["hidden_1"]
+    >>> estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=site))
+    >>> statistics = jax.jit(methods.with_ridges)(estimate(params, batch))  # held-out ridges, chosen once
+    >>> optimizer = tinyjax.with_birth(optax.adam(1e-3))
+    >>> opt_state = optimizer.init(params)
+    >>> batches = [batch] * 4
+    >>> schedule = tinyjax.every(2, 4, final=12)
 """
 
 from tinyjax.brakes import budget as budget

@@ -21,7 +21,8 @@ def parameters(sites: Iterable[Site] | Site, widths: Mapping[str, int]) -> int:
         The count; leaves that no site touches are not in it.
 
     Example:
-        >>> parameters(sites, {"fc1": 8})
+        >>> costs.parameters(sites, {"hidden_1": 4, "hidden_2": 4})  # 5 x 4 + 5 x 4 + 4 x 2
+        48
     """
     sizes = {}
     for site in resized(as_sites(sites), widths):
@@ -39,7 +40,8 @@ def parameter_cost(sites: Iterable[Site] | Site) -> Callable[[str, Mapping[str, 
         `(site, widths) -> parameters`.
 
     Example:
-        >>> parameter_cost(sites)("fc1", {"fc1": 8, "fc2": 8})
+        >>> costs.parameter_cost(sites)("hidden_1", {"hidden_1": 4, "hidden_2": 4})
+        9
     """
     return partial(_one_more, parameters, as_sites(sites))
 
@@ -109,7 +111,7 @@ def estimation_batch(
         ValueError: for a size below 1 or a constant that is not positive.
 
     Example:
-        >>> estimation_batch(256, kernel_area=9, positions=64, training_set=50_000)
+        >>> costs.estimation_batch(256, kernel_area=9, positions=64, training_set=50_000)
         1328
     """
     sizes = {"channels": channels, "kernel_area": kernel_area, "positions": positions, "training_set": training_set}
@@ -142,7 +144,7 @@ def learning_batch(complexity: float, *, initial_complexity: float, initial_batc
         ValueError: for a complexity or batch that is not positive.
 
     Example:
-        >>> learning_batch(400_000, initial_complexity=100_000)
+        >>> costs.learning_batch(400_000, initial_complexity=100_000)
         64
     """
     for name, value in {

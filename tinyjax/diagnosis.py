@@ -95,7 +95,11 @@ def diagnose(
         ValueError: as `find_sites`.
 
     Example:
-        >>> print(tinyjax.diagnose(loss_fn, params, batch))
+        >>> diagnosis = tinyjax.diagnose(loss_fn, params, batch)
+        >>> print(diagnosis)  # doctest: +ELLIPSIS
+        loss ...
+        site         width  asked  bottleneck  share  held-out gain
+        hidden_1   4 of 12 ...
 
     Reference: Verbockhaven et al., TMLR 2024, definition 3.1, propositions 3.1 and 3.2.
     """

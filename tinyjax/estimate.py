@@ -119,8 +119,9 @@ def estimate(
             draws for a site too wide for them.
 
     Example:
-        >>> statistics = estimate(loss_fn, params, batch, sites["Dense_0"])
-        >>> bottleneck(statistics).before
+        >>> estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=sites))
+        >>> statistics = estimate(params, batch)
+        >>> psi = tinyjax.bottleneck(statistics["hidden_1"]).after
     """
     batches = batch if isinstance(batch, Iterator) else iter((batch,))
     total: dict[str, Statistics] = {}

@@ -109,8 +109,10 @@ def make_grow_step(
             that keeps the function, a `fill` that does not; when called, a loss that sums over the samples.
 
     Example:
-        >>> grow_step = tinyjax.make_grow_step(loss_fn, sites.growable, num_neurons=8)
+        >>> grow_step = tinyjax.make_grow_step(loss_fn, site, num_neurons=8)
         >>> params, info = grow_step(params, batch)
+        >>> int(info.width["hidden_1"]), bool(info.loss_after["hidden_1"] <= info.loss_before["hidden_1"])
+        (12, True)
     """
     sites = as_sites(sites)
     counts = _by_name(sites, num_neurons, "num_neurons")

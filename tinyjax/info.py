@@ -79,6 +79,11 @@ def check(info: GrowthInfo) -> None:
 
     Raises:
         ValueError: naming the site and the cure.
+
+    Example:
+        >>> grow_step = tinyjax.make_grow_step(loss_fn, site, num_neurons=2, method=tinyjax.random0, update=None)
+        >>> params, info = jax.jit(grow_step)(params, batch, key)
+        >>> tinyjax.check(info)
     """
     for name, status in info.status.items():
         if status == Status.NON_FINITE:

@@ -91,7 +91,13 @@ def gauss_newton(model: Model, objective: Objective, params: Params, tangent: Pa
         ValueError: the objective is not a scalar.
 
     Example:
-        >>> gauss_newton(model, objective, params, jax.tree.map(jnp.negative, gradient), batch).amplitude
+        >>> def model(params, batch):
+        ...     return network.apply(params, batch.image)
+        >>> def objective(logits, batch):
+        ...     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean()
+        >>> downhill = jax.tree.map(jnp.negative, jax.grad(loss_fn)(params, batch))
+        >>> bool(tinyjax.gauss_newton(model, objective, params, downhill, batch).amplitude > 0)
+        True
     """
     z, dz = jax.jvp(lambda p: model(p, batch), (params,), (tangent,))
 
@@ -140,8 +146,13 @@ def score_sites(
         ValueError: a site that cannot grow or has no number of neurons, a batch too small, or a method without its key.
 
     Example:
-        >>> scores = score_sites(model, objective, params, batch, sites, num_neurons=8)
-        >>> best = max(scores, key=lambda name: float(scores[name].gain) / cost(name, widths))
+        >>> def model(params, batch):
+        ...     return network.apply(params, batch.image)
+        >>> def objective(logits, batch):
+        ...     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean()
+        >>> score = jax.jit(partial(tinyjax.score_sites, model, objective, sites=sites, num_neurons=4))
+        >>> scores = score(params, batch)
+        >>> best = max(scores, key=lambda name: float(scores[name].gain))
     """
     sites = as_sites(sites)
     counts = per_site(sites, num_neurons)

@@ -55,6 +55,10 @@ def fixed(gamma: float) -> Callable[..., LineSearch]:
 
     Raises:
         ValueError: `gamma` is negative.
+
+    Example:
+        >>> float(tinyjax.fixed(0.5)(None, dtype=jnp.float32).amplitude)
+        0.5
     """
     if gamma < 0:
         raise ValueError(f"`gamma` must be >= 0, got {gamma}")
@@ -96,7 +100,9 @@ def line_search(
         ValueError: an empty bracket, fewer than 4 points, or a loss that is not a scalar.
 
     Example:
-        >>> line_search(lambda g: (g - 0.3) ** 2, dtype=jnp.float32).amplitude  # about 0.3
+        >>> found = tinyjax.line_search(lambda g: (g - 0.3) ** 2, dtype=jnp.float32)
+        >>> print(f"{found.amplitude:.1f}")
+        0.3
     """
     low, high = bracket
     if not 0 < low < high:
@@ -166,6 +172,11 @@ def trusted_search(loss_at: LossAt, *, dtype: Any, unit: ArrayLike = 1.0) -> Lin
 
     The default for the best update. An open search follows a network that already fits its batch to amplitudes a
     hundred times larger, which sharpens its outputs on those samples and costs accuracy on others.
+
+    Example:
+        >>> found = tinyjax.trusted_search(lambda g: (g - 0.3) ** 2, dtype=jnp.float32, unit=2.0)
+        >>> print(f"{found.amplitude:.2f}")
+        0.06
     """
     return line_search(loss_at, dtype=dtype, unit=unit, bracket=(1e-5, 0.03), maximum=0.03)
 
@@ -179,6 +190,11 @@ def twin_search(loss_at: LossAt, *, dtype: Any, **options: Any) -> LineSearch:
         loss_at: scalar amplitude of either sign -> scalar loss.
         dtype: of the amplitudes.
         **options: of `line_search`.
+
+    Example:
+        >>> found = tinyjax.twin_search(lambda g: (g + 0.3) ** 2, dtype=jnp.float32)
+        >>> print(f"{found.amplitude:.1f}")
+        -0.3
     """
     signs = jnp.asarray([1, -1], dtype)
     twins = jax.vmap(lambda sign: line_search(lambda gamma: loss_at(sign * gamma), dtype=dtype, **options))(signs)
@@ -201,6 +217,11 @@ def normalize(neurons: Neurons, *, alpha: float | None = None, omega: float | No
         alpha: norm of the fan-in, e.g. sqrt(1e-3).
         omega: norm of the fan-out.
 
+    Example:
+        >>> neurons = tinyjax.normalize(tinyjax.tiny(statistics, num_neurons=1), alpha=0.5, omega=2.0)
+        >>> print(f"{jnp.linalg.norm(neurons.alpha):.2f} {jnp.linalg.norm(neurons.omega):.2f}")
+        0.50 2.00
+
     Reference: Verbockhaven et al., TMLR 2024, appendix E.3.1.
     """
     return neurons._replace(
@@ -212,7 +233,10 @@ def normalized(method: Method, *, alpha: float | None = None, omega: float | Non
     """The method followed by `normalize`, a method itself.
 
     Example:
-        >>> method = normalized(tiny, alpha=1e-3**0.5, omega=1e-3**0.5)
+        >>> method = tinyjax.normalized(tinyjax.tiny, alpha=1e-3**0.5, omega=1e-3**0.5)
+        >>> grow_step = tinyjax.make_grow_step(
+        ...     loss_fn, site, num_neurons=2, method=method, amplitude=tinyjax.fixed(1.0), update=None
+        ... )
     """
 
     @functools.wraps(method)

@@ -50,7 +50,7 @@ def every(
         ValueError: for a period, number of neurons or width below 1.
 
     Example:
-        >>> every(100, 4, final=10)(200, {"fc1": 4, "fc2": 8}, [])
+        >>> tinyjax.every(100, 4, final=10)(200, {"fc1": 4, "fc2": 8}, [])
         {'fc1': 4, 'fc2': 2}
     """
     is_due = _calendar(period, start, until)
@@ -87,7 +87,7 @@ def round_robin(
         ValueError: for a period, number of neurons or width below 1.
 
     Example:
-        >>> round_robin(100, 4, final=10)(100, {"fc1": 4, "fc2": 8}, [])
+        >>> tinyjax.round_robin(100, 4, final=10)(100, {"fc1": 4, "fc2": 8}, [])
         {'fc2': 2}
     """
     is_due = _calendar(period, start, until)
@@ -147,9 +147,9 @@ def most_gain(
         ValueError: for a period, number of neurons or width below 1; when called, for a cost that is not positive.
 
     Example:
-        >>> schedule = most_gain(100, 4, final=64, cost=parameter_cost(sites))
+        >>> schedule = tinyjax.most_gain(100, 4, final=64, cost=costs.parameter_cost(sites))
         >>> scores = {}  # by site name, kept up to date by the training loop: float(score_sites(...)[name].gain)
-        >>> schedule = most_gain(100, 4, final=64, cost=flop_cost(sites), gains=lambda history: scores)
+        >>> schedule = tinyjax.most_gain(100, 4, final=64, cost=costs.flop_cost(sites), gains=lambda history: scores)
     """
     is_due = _calendar(period, start, until)
     room = _room(neurons, final)
@@ -191,7 +191,7 @@ def early(total: int, events: int, *, final: int | Mapping[str, int], fraction: 
         ValueError: for a fraction outside (0, 1], or more growths than steps in that part.
 
     Example:
-        >>> early(1000, 5, final=64)(50, {"fc1": 4}, [])
+        >>> tinyjax.early(1000, 5, final=64)(50, {"fc1": 4}, [])
         {'fc1': 12}
     """
     if not 0 < fraction <= 1:

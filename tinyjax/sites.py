@@ -42,7 +42,6 @@ def find_sites(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_a
         ValueError: the batch is empty or ragged, has a single sample, the loss is not a scalar, or a kernel is integer.
 
     Example:
-        >>> import jax, jax.numpy as jnp, tinyjax
         >>> params = {"in": jnp.ones((4, 8)), "out": jnp.ones((8, 3))}
         >>> loss_fn = lambda p, x: jnp.mean((jax.nn.relu(x @ p["in"]) @ p["out"]) ** 2)
         >>> tinyjax.find_sites(loss_fn, params, jnp.ones((16, 4)))["in"].capacity

@@ -60,6 +60,10 @@ def width(params: Params, site: Site) -> Int[Array, ""]:
 
     Returns:
         A 0-d int32 array, traced like `params`.
+
+    Example:
+        >>> int(tinyjax.width(params, site)), site.capacity
+        (4, 12)
     """
     return site.capacity - jnp.sum(free_slots(params, site), dtype=jnp.int32)
 

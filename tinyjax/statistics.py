@@ -133,6 +133,12 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
 
     Raises:
         ValueError: the two do not describe the same layers.
+
+    Example:
+        >>> more = data.Batch(images[::-1], batch.label[::-1])
+        >>> both = tinyjax.merge(estimate(params, batch), estimate(params, more))
+        >>> float(jnp.sum(both.count))
+        128.0
     """
     structures = [jax.tree.map(jnp.shape, x) for x in (a, b)]
     if structures[0] != structures[1]:
@@ -162,7 +168,8 @@ def merge_over(statistics: Statistics, axis_name: str | tuple[str, ...]) -> Stat
 
     Example:
         >>> def on_a_device(params, batch):
-        ...     return merge_over(estimate(loss_fn, params, batch, site), "data")
+        ...     return tinyjax.merge_over(tinyjax.estimate(loss_fn, params, batch, site), "data")
+        >>> P, mesh = jax.sharding.PartitionSpec, jax.sharding.Mesh(jax.devices(), ("data",))
         >>> specs = dict(in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
         >>> statistics = jax.jit(jax.shard_map(on_a_device, mesh=mesh, **specs))(params, batch)
     """
@@ -177,7 +184,9 @@ def moments(statistics: Statistics) -> Moments:
     """Means over all samples.
 
     Example:
-        >>> S = moments(statistics).gram_prev  # (D, D): the paper's S
+        >>> S = tinyjax.moments(statistics).gram_prev  # (D, D): the paper's S
+        >>> S.shape
+        (5, 5)
     """
     return _divide(statistics, lambda x: x[0] + x[1])  # XLA is slow to reduce an axis of two
 

@@ -71,7 +71,8 @@ def train_step(
         `params, opt_state, loss, aux = step(params, opt_state, batch)`; aux is None without `has_aux`.
 
     Example:
-        >>> step = jax.jit(train_step(loss_fn, optax.adam(1e-3)))
+        >>> step = jax.jit(tinyjax.train_step(loss_fn, optimizer))
+        >>> params, opt_state, loss, _ = step(params, opt_state, batch)
     """
     gradient_step = _gradient_step(loss_fn, trainable, has_aux)
     update_step = _update_step(optimizer, trainable)
@@ -107,9 +108,11 @@ def train_epoch(
         every step, `losses` is (steps,).
 
     Example:
-        >>> epoch = jax.jit(train_epoch(loss_fn, optax.adam(1e-3)), donate_argnums=(0, 1))
-        >>> order = jax.random.permutation(key, 1024).reshape(-1, 128)
-        >>> params, opt_state, losses = epoch(params, opt_state, data, order)
+        >>> epoch = jax.jit(tinyjax.train_epoch(loss_fn, optimizer))
+        >>> order = jax.random.permutation(key, 64).reshape(-1, 16)
+        >>> params, opt_state, losses = epoch(params, opt_state, batch, order)
+        >>> losses.shape
+        (4,)
     """
     one_step = train_step(loss_fn, optimizer, trainable=trainable, has_aux=has_aux)
 
@@ -230,9 +233,13 @@ def fit(
 
     Example:
         >>> optimizer = tinyjax.with_birth(optax.adam(1e-3))
-        >>> schedule = tinyjax.early(len(batches), events=8, final=64)
-        >>> for record in tinyjax.fit(loss_fn, params, batches, optimizer, schedule, key, num_neurons=8):
-        ...     print(record.step, record.loss, record.width)
+        >>> schedule = tinyjax.every(2, 4, final=12)
+        >>> for record in tinyjax.fit(loss_fn, params, batches, optimizer, schedule, key, sites=site, num_neurons=4):
+        ...     print(record.step, record.width)
+        1 {'hidden_1': 8}
+        2 {'hidden_1': 8}
+        3 {'hidden_1': 12}
+        4 {'hidden_1': 12}
     """
     stream = _Stream(batches)
     first = stream.peek()

@@ -37,10 +37,10 @@ def export(path: str | os.PathLike, params: Params, sites: Sites | Sequence[Site
         ValueError: another ending; and as `compact`.
 
     Example:
-        >>> tinyjax.export("net.npz", record.params, record.sites)
+        >>> widths = tinyjax.export("net.npz", params, sites)
         >>> file = np.load("net.npz", allow_pickle=False)
-        >>> widths = json.loads(str(file["__tinyjax__"]))["widths"]
-        >>> kernel = file["params/Dense_0/kernel"]
+        >>> file["params/hidden_1/kernel"].shape
+        (4, 4)
     """
     path = Path(path)
     if path.suffix != ".npz":

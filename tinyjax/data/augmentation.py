@@ -8,7 +8,11 @@ from jaxtyping import Array, Float, Key
 
 
 def epoch_key(seed: int, epoch: int) -> Key[Array, ""]:
-    """The key of all draws of one epoch; fold the number of the batch in for each of its batches."""
+    """The key of all draws of one epoch; fold the number of the batch in for each of its batches.
+
+    Example:
+        >>> key = jax.random.fold_in(data.epoch_key(seed=0, epoch=3), 7)
+    """
     return jax.random.fold_in(jax.random.key(seed), epoch)
 
 
@@ -21,8 +25,9 @@ def augment(
     The padding is zero in *standardised* units, the mean pixel.
 
     Example:
-        >>> key = jax.random.fold_in(epoch_key(seed, epoch), step)
-        >>> images = augment(key, batch.image)
+        >>> key = jax.random.fold_in(data.epoch_key(seed=0, epoch=3), 7)
+        >>> data.augment(key, images, padding=1).shape
+        (64, 2, 2, 1)
 
     Args:
         key: typed PRNG key, see `epoch_key`.

@@ -32,6 +32,9 @@ def channel_moments(train: Split) -> tuple[Float32[np.ndarray, " channels"], Flo
 
     Raises:
         ValueError: the split is empty or one channel is constant.
+
+    Example:
+        >>> mean, std = data.channel_moments(data.load("digits").train)
     """
     if len(train.image) == 0:
         raise ValueError("`train` is empty: it holds 0 images")
@@ -51,8 +54,9 @@ def as_batch(split: Split, *, mean: Float32[np.ndarray, " channels"], std: Float
     """A whole split as one standardised float32 batch.
 
     Example:
-        >>> mean, std = channel_moments(dataset.train)
-        >>> test = as_batch(dataset.test, mean=mean, std=std)
+        >>> digits = data.load("digits")
+        >>> mean, std = data.channel_moments(digits.train)
+        >>> test = data.as_batch(digits.test, mean=mean, std=std)
 
     Args:
         split: uint8 images and labels.
@@ -63,7 +67,12 @@ def as_batch(split: Split, *, mean: Float32[np.ndarray, " channels"], std: Float
 
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> Integer[np.ndarray, " n"]:
-    """The order in which one epoch of the run `seed` visits the examples: a permutation of `range(num_examples)`."""
+    """The order in which one epoch of the run `seed` visits the examples: a permutation of `range(num_examples)`.
+
+    Example:
+        >>> data.epoch_order(seed=0, epoch=1, num_examples=4).tolist()
+        [1, 2, 0, 3]
+    """
     # RandomState's stream is frozen by NumPy's policy: a run resumed under another version goes on as it would have.
     return np.random.RandomState([seed, epoch]).permutation(num_examples)
 
@@ -72,9 +81,11 @@ def batches(data: Batch, *, batch_size: int, seed: int, epoch: int) -> Iterator[
     """The batches of one epoch, all of the same size; what the last full one leaves over waits for another epoch.
 
     Example:
-        >>> for epoch in range(20):
-        ...     for batch in batches(train, batch_size=128, seed=0, epoch=epoch):
-        ...         params, opt_state = train_step(params, opt_state, batch)
+        >>> step = jax.jit(tinyjax.train_step(loss_fn, optimizer))
+        >>> train = data.Batch(np.asarray(images), np.asarray(batch.label, np.int32))
+        >>> for epoch in range(2):
+        ...     for batch in data.batches(train, batch_size=32, seed=0, epoch=epoch):
+        ...         params, opt_state, loss, _ = step(params, opt_state, batch)
 
     Args:
         data: all examples.

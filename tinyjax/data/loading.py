@@ -55,7 +55,7 @@ def load(name: str, *, data_dir: str | os.PathLike | None = None) -> Dataset:
     that).
 
     Example:
-        >>> dataset = load("digits")
+        >>> dataset = data.load("digits")
         >>> dataset.train.image.shape
         (1078, 8, 8, 1)
 
@@ -82,7 +82,13 @@ def load(name: str, *, data_dir: str | os.PathLike | None = None) -> Dataset:
 
 
 def join(*splits: Split) -> Split:
-    """One split of several: `join(dataset.train, dataset.validation)`, for a last run after all choices are made."""
+    """One split of several, for a last run after all choices are made.
+
+    Example:
+        >>> digits = data.load("digits")
+        >>> len(data.join(digits.train, digits.validation).label)
+        1437
+    """
     return Split(*(np.concatenate(arrays) for arrays in zip(*splits)))
 
 

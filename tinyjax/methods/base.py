@@ -45,6 +45,14 @@ def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]
         function_preserving: adding the neurons changes no output of the network, so the loss says nothing about their
             amplitude.
         stochastic: the method needs a key.
+
+    Example:
+        >>> @tinyjax.traits(function_preserving=True, stochastic=False)
+        ... def silent(statistics, *, num_neurons, key=None):
+        ...     neurons = tinyjax.tiny(statistics, num_neurons=num_neurons)
+        ...     return neurons._replace(omega=jnp.zeros_like(neurons.omega))
+        >>> methods.is_function_preserving(silent)
+        True
     """
 
     def declare(method: _F) -> _F:

@@ -29,7 +29,9 @@ def bottleneck(statistics: Statistics) -> Bottleneck:
     """The expressivity bottleneck and the gains of the best new neurons, without any ridge.
 
     Example:
-        >>> before, after, gains = bottleneck(estimate(loss_fn, params, batch, site))
+        >>> before, after, gains = tinyjax.bottleneck(statistics)
+        >>> bool(0 <= after <= before)
+        True
 
     Reference: Verbockhaven et al., TMLR 2024, definition 3.1, proposition 3.1, eq. 9.
     """

@@ -32,7 +32,9 @@ def completed(
         A method. The singular value of a replaced neuron is 0; `delta` is that of `method`.
 
     Example:
-        >>> method = completed(tiny0, random0)
+        >>> method = tinyjax.completed(tinyjax.tiny0, tinyjax.random0)
+        >>> method(statistics, num_neurons=2, key=key).alpha.shape
+        (5, 2)
 
     Reference: Verbockhaven et al., TMLR 2024, section 4 and proposition 4.2.
     """

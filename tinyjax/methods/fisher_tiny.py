@@ -42,7 +42,11 @@ def fisher_tiny(
         ValueError: as `tiny`, or the statistics have no `energy_matrix`.
 
     Example:
-        >>> neurons = fisher_tiny(statistics, num_neurons=8)
+        >>> estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=site, energy_matrix=True))
+        >>> statistics = estimate(params, batch)
+        >>> neurons = tinyjax.fisher_tiny(statistics, num_neurons=2)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
 
     Reference: Mitchell et al., Self-Expanding Neural Networks, 2023, for the score.
     """

@@ -61,6 +61,15 @@ def predicted_gain(moments: Moments, neurons: Neurons, delta: Array | None = Non
 
     Returns:
         () in units of mean |v|^2.
+
+    Example:
+        >>> neurons = tinyjax.tiny(statistics, num_neurons=2, ridge=0.0)
+        >>> delta = tinyjax.best_update(statistics)
+        >>> gain = tinyjax.predicted_gain(tinyjax.moments(statistics), neurons, delta)
+        >>> bool(jnp.allclose(gain, jnp.sum(neurons.singular_values**2), rtol=1e-3))
+        True
+
+    Reference: Verbockhaven et al., TMLR 2024, equation 9.
     """
     return effect(moments, neurons, delta).gain(1)
 
@@ -87,11 +96,11 @@ def held_out_gain(
         () in units of mean |v|^2; negative when the neurons are worse than nothing on unseen samples.
 
     Example:
-        >>> ridge, update_ridge = held_out(statistics), held_out_update(statistics)
+        >>> ridge, update_ridge = tinyjax.held_out(statistics), tinyjax.held_out_update(statistics)
         >>> def fit(half):
-        ...     neurons = tiny(half, num_neurons=8, ridge=ridge, update_ridge=update_ridge)
-        ...     return neurons, best_update(half, ridge=update_ridge)
-        >>> held_out_gain(statistics, fit)
+        ...     neurons = tinyjax.tiny(half, num_neurons=2, ridge=ridge, update_ridge=update_ridge)
+        ...     return neurons, tinyjax.best_update(half, ridge=update_ridge)
+        >>> gain = tinyjax.held_out_gain(statistics, fit)
     """
     fitted = [fit(keep_half(statistics, i)) for i in (0, 1)]
     exact = None if squares is None else squares(jax.tree.map(lambda *x: jnp.stack(x), *(n for n, _ in fitted)))

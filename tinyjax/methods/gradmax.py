@@ -30,7 +30,9 @@ def gradmax(statistics: Statistics, *, num_neurons: int, scale: float = 1.0, key
         ValueError: `num_neurons` is not a positive int, or the statistics have no `link`.
 
     Example:
-        >>> neurons = gradmax(statistics, num_neurons=8, scale=1e-3)
+        >>> neurons = tinyjax.gradmax(statistics, num_neurons=2, scale=1e-3)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
 
     Reference: Evci et al., GradMax, ICLR 2022, eq. 11; Verbockhaven et al., TMLR 2024, appendix B.1.
     """

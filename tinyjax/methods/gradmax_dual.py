@@ -29,7 +29,9 @@ def gradmax_dual(statistics: Statistics, *, num_neurons: int, scale: float = 1.0
         ValueError: `num_neurons` is not a positive int, or the statistics have no `link`.
 
     Example:
-        >>> neurons = gradmax_dual(statistics, num_neurons=8)
+        >>> neurons = tinyjax.gradmax_dual(statistics, num_neurons=2)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
     """
     mean = moments(statistics)
     cross = unprojected_cross(mean)

@@ -43,8 +43,8 @@ def significant(statistics: Statistics, *, level: float = 0.05, ridge: Ridge = 1
         ValueError: no null draws, or too few for the level.
 
     Example:
-        >>> statistics = estimate(loss_fn, params, batch, site, null_draws=19)
-        >>> significant(statistics)
+        >>> estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=site, null_draws=19))
+        >>> count = int(jax.jit(tinyjax.significant)(estimate(params, batch)))
 
     Reference: Hemerik, Goeman and Finos, Robust testing in generalized linear models by sign flipping score
     contributions, JRSS B 2020.
@@ -91,6 +91,10 @@ def rank_trigger(statistics: Statistics, *, threshold: float = 0.97, cutoff: flo
     Returns:
         () int32, floor(effective dimension - threshold x width), at least 0.
 
+    Example:
+        >>> int(tinyjax.rank_trigger(statistics, threshold=0.5)) <= 2  # half of 4 neurons
+        True
+
     Reference: Maile et al., When, where, and how to add new neurons to ANNs, 2022, section 3.
     """
     slots = statistics.weight_prev.shape[1]
@@ -104,6 +108,10 @@ def rank_trigger(statistics: Statistics, *, threshold: float = 0.97, cutoff: flo
 
 def fraction(statistics: Statistics, *, share: float = 0.25) -> Array:
     """A share of the present width, rounded up: () int32.
+
+    Example:
+        >>> int(tinyjax.fraction(statistics, share=0.3))  # of 4 neurons
+        2
 
     Raises:
         ValueError: `share` is negative.
@@ -126,6 +134,10 @@ def energy(
 
     Returns:
         () int32, 0 where there is nothing to gain.
+
+    Example:
+        >>> int(tinyjax.energy(statistics, share=1.0, ridge=0.0)) > 0
+        True
 
     Raises:
         ValueError: `share` is outside [0, 1], or a ridge is negative.

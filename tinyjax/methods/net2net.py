@@ -28,7 +28,9 @@ def net2net(statistics: Statistics, *, num_neurons: int, key: Array | None = Non
         ValueError: `key` is None, or `num_neurons` is not a positive int.
 
     Example:
-        >>> neurons = net2net(statistics, num_neurons=8, key=jax.random.key(0))
+        >>> neurons = tinyjax.net2net(statistics, num_neurons=2, key=key)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
 
     Reference: Chen et al., Net2Net, ICLR 2016, section 2.3.
     """

@@ -34,7 +34,9 @@ def north(statistics: Statistics, *, num_neurons: int, ridge: float | Array = 0.
         ValueError: `key` is None, `num_neurons` is not a positive int, or `ridge` is negative.
 
     Example:
-        >>> neurons = north(statistics, num_neurons=8, key=jax.random.key(0))
+        >>> neurons = tinyjax.north(statistics, num_neurons=2, key=key)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
 
     Reference: Maile et al., When, where, and how to add new neurons to ANNs, 2022; TMLR 2024 paper, appendix B.2.
     """

@@ -27,7 +27,9 @@ def north_weight(statistics: Statistics, *, num_neurons: int, key: Array | None 
         ValueError: `key` is None, or `num_neurons` is not a positive int.
 
     Example:
-        >>> neurons = north_weight(statistics, num_neurons=8, key=jax.random.key(0))
+        >>> neurons = tinyjax.north_weight(statistics, num_neurons=2, key=key)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
 
     Reference: Maile et al., When, where, and how to add new neurons to ANNs, 2022.
     """

@@ -45,7 +45,10 @@ def query_key_moments(queries: Array, keys: Array, attention: Array, goal: Array
         goal: (n, T, U) V_goal = -n dloss/dlogits, at the logits as the softmax sees them.
 
     Example:
-        >>> moments = query_key_moments(x, x, attention, -len(x) * jax.grad(loss_of_logits)(logits))
+        >>> x = jax.random.normal(key, (8, 3, 4))  # samples, tokens, features
+        >>> attention, goal = jnp.full((8, 3, 3), 1 / 3), x[..., :3]
+        >>> methods.query_key_moments(x, x, attention, goal).cross.shape
+        (4, 4)
     """
     num_samples, num_queries = attention.shape[:2]
     mean = _sum("nts,nse->nte", attention, keys)
@@ -89,7 +92,12 @@ def query_key(
         ValueError: `num_neurons` is not a positive int, or `ridge` is negative.
 
     Example:
-        >>> alpha, omega, *_ = query_key(moments, num_neurons=2, weight_query=w_q, weight_key=w_k)
+        >>> x = jax.random.normal(key, (8, 3, 4))  # samples, tokens, features
+        >>> attention, goal = jnp.full((8, 3, 3), 1 / 3), x[..., :3]
+        >>> moments = methods.query_key_moments(x, x, attention, goal)
+        >>> alpha, omega, *_ = methods.query_key(moments, num_neurons=2)
+        >>> alpha.shape, omega.shape
+        ((4, 2), (2, 4))
     """
     cross = moments.cross
     if weight_query is not None:

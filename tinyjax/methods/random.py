@@ -39,7 +39,9 @@ def random(
         ValueError: `key` is None, or `num_neurons` is not a positive int.
 
     Example:
-        >>> neurons = random(statistics, num_neurons=8, draw=symmetric_uniform, key=jax.random.key(0))
+        >>> neurons = tinyjax.random(statistics, num_neurons=2, draw=methods.symmetric_uniform, key=key)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
 
     Reference: Verbockhaven et al., TMLR 2024, section 5.2.
     """

@@ -27,7 +27,9 @@ def random0(statistics: Statistics, *, num_neurons: int, key: Array | None = Non
         ValueError: `key` is None, or `num_neurons` is not a positive int.
 
     Example:
-        >>> neurons = random0(statistics, num_neurons=8, key=jax.random.key(0))
+        >>> neurons = tinyjax.random0(statistics, num_neurons=2, key=key)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
 
     Reference: He et al., ICCV 2015, eq. 10.
     """

@@ -47,6 +47,10 @@ def held_out_update(statistics: Statistics) -> Array:
 
     From 1 uphill in half decades to the nearest maximum, between 10^-8 and 10^4. With an empty half nothing can be
     compared and the ridge is 1. A ridge chosen before by `with_ridges` is kept.
+
+    Example:
+        >>> bool(tinyjax.held_out_update(statistics) > 0)
+        True
     """
     if statistics.ridge_update is not None:
         return statistics.ridge_update
@@ -62,6 +66,10 @@ def held_out(statistics: Statistics) -> Array:
 
     Both halves are projected by the update fitted on the first, at its own ridge `held_out_update`. Climbs as there.
     A ridge chosen before by `with_ridges` is kept.
+
+    Example:
+        >>> bool(tinyjax.held_out(statistics) > 0)
+        True
     """
     if statistics.ridge is not None:
         return statistics.ridge

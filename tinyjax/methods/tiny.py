@@ -45,7 +45,9 @@ def tiny(
         ValueError: `num_neurons` is not a positive int, or `ridge` is negative.
 
     Example:
-        >>> neurons = tiny(statistics, num_neurons=8)
+        >>> neurons = tinyjax.tiny(statistics, num_neurons=2)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
 
     Reference: Verbockhaven et al., TMLR 2024, proposition 3.2, appendix C.2.
     """

@@ -42,7 +42,9 @@ def tiny0(
         ValueError: as `tiny`.
 
     Example:
-        >>> neurons = tiny0(statistics, num_neurons=8)
+        >>> neurons = tinyjax.tiny0(statistics, num_neurons=2)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
     """
     neurons = tiny(statistics, num_neurons=num_neurons, ridge=ridge, update_ridge=update_ridge)
     largest = jnp.max(jnp.abs(neurons.alpha), axis=0)

@@ -80,8 +80,8 @@ def tiny_conv_als(
         ValueError: `num_neurons` is not a positive int, or the statistics have no `offset_gram`.
 
     Example:
-        >>> statistics = estimate(loss_fn, params, batch, site, offset_gram=True)
-        >>> neurons = tiny_conv_als(statistics, num_neurons=4)
+        >>> estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=site, offset_gram=True))
+        >>> neurons = tinyjax.tiny_conv_als(estimate(params, batch), num_neurons=2, num_steps=3)
 
     Reference: objective of Verbockhaven et al., TMLR 2024, eq. 56.
     """

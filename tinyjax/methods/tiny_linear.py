@@ -43,7 +43,8 @@ def tiny_linear(
         ValueError: as `tiny`, or the consumer is a convolution.
 
     Example:
-        >>> grow_step = make_grow_step(loss_fn, adapters, method=tiny_linear, update=None, num_neurons=2)
+        >>> methods.tiny_linear(statistics, num_neurons=2).alpha.shape
+        (5, 2)
     """
     mean = moments(statistics)
     outputs = mean.cross.shape[1]

@@ -39,7 +39,9 @@ def tiny_unprojected(
         ValueError: `num_neurons` is not a positive int, `ridge` is negative, or the statistics have no `link`.
 
     Example:
-        >>> neurons = tiny_unprojected(statistics, num_neurons=8)
+        >>> neurons = tinyjax.tiny_unprojected(statistics, num_neurons=2)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
     """
     mean = moments(statistics)
     root = factor(mean.gram_prev, resolve(ridge, statistics))

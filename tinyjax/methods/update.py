@@ -34,7 +34,9 @@ def best_update(statistics: Statistics, *, ridge: Ridge = 0.0) -> Array:
         (H, M) in weights per unit of amplitude, bias row last; zero rows for free slots.
 
     Example:
-        >>> best_update(statistics, ridge=held_out_update)
+        >>> delta = tinyjax.best_update(statistics, ridge=tinyjax.held_out_update)
+        >>> delta.shape, bool(jnp.all(delta[4:12] == 0))  # 12 slots and the bias; 8 of them are free
+        ((13, 12), True)
 
     Reference: Verbockhaven et al., TMLR 2024, proposition 3.1.
     """

@@ -19,6 +19,11 @@ def unit_dropout(key: Key[Array, ""], x: Float[Array, "*rows c"], rate: float | 
         key: typed PRNG key.
         x: any leading axes, then the units.
         rate: probability of dropping, in [0, 1).
+
+    Example:
+        >>> narrow, wide = (models.unit_dropout(key, jnp.ones((3, width)), 0.5) for width in (4, 8))
+        >>> bool(jnp.all(narrow == wide[:, :4]))
+        True
     """
     return tinyjax_unit_dropout(key, x, rate)
 
@@ -38,6 +43,10 @@ def tinyjax_unit_dropout(
 
 class UnitDropout(nn.Module):
     """`unit_dropout` as a layer, in the place of `nn.Dropout`; draws from the `dropout` stream.
+
+    Example:
+        >>> layer = models.UnitDropout(rate=0.5)
+        >>> dropped = layer.apply({}, jnp.ones((3, 4)), deterministic=False, rngs={"dropout": key})
 
     Attributes:
         rate: probability of dropping, in [0, 1).

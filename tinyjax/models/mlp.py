@@ -10,9 +10,10 @@ class MLP(nn.Module):
     """Dense layers with an activation between them; inputs of any shape are flattened.
 
     Example:
-        >>> model = MLP(widths=(64, 64), num_classes=10)
-        >>> params = model.init(jax.random.key(0), images)
-        >>> logits = model.apply(params, images)
+        >>> model = models.MLP(widths=(64, 64), num_classes=10)
+        >>> params = model.init(key, images)
+        >>> model.apply(params, images).shape
+        (64, 10)
 
     Attributes:
         widths: neurons of every hidden layer.

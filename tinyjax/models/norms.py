@@ -46,7 +46,10 @@ def width_layer_norm(
         epsilon: added to the variance.
 
     Example:
-        >>> width_layer_norm(x, scale, shift, jnp.ones_like(scale))  # LayerNorm
+        >>> x, one = jnp.asarray([[1.0, 3.0, 9.0]]), jnp.ones(3)
+        >>> y = models.width_layer_norm(x, one, 0 * one, jnp.asarray([1.0, 1.0, 0.0]))
+        >>> print(y.round(2))  # the third slot is not counted
+        [[-1.  1.  9.]]
     """
     centred = tinyjax_centred(x, counted)
     return centred * tinyjax_inverse_rms(centred, counted, epsilon) * scale + shift
@@ -66,7 +69,10 @@ def width_rms_norm(
         epsilon: added to the mean square.
 
     Example:
-        >>> width_rms_norm(x, scale, jnp.ones_like(scale))  # RMSNorm
+        >>> x, one = jnp.asarray([[1.0, 7.0, 9.0]]), jnp.ones(3)
+        >>> y = models.width_rms_norm(x, one, jnp.asarray([1.0, 1.0, 0.0]))
+        >>> print(y.round(1))  # the third slot is not counted
+        [[0.2 1.4 1.8]]
     """
     return x * tinyjax_inverse_rms(x, counted, epsilon) * scale
 
@@ -104,6 +110,12 @@ def width_group_norm(
         shift: counts in live channels only.
         epsilon: added to the variance.
         group_size: channels a group.
+
+    Example:
+        >>> x, one = jnp.asarray([[1.0, 3.0, 9.0]]), jnp.ones(3)
+        >>> y = models.width_group_norm(x, one, 0 * one, group_size=2)
+        >>> print(y.round(2))
+        [[-1.  1.  0.]]
     """
     return tinyjax_group_norm(x, scale, shift, epsilon, group_size=group_size)
 
@@ -136,6 +148,10 @@ def tinyjax_group_norm(
 class WidthLayerNorm(nn.Module):
     """`width_layer_norm` as a layer, in the place of `nn.LayerNorm`; its parameters are `scale`, `bias` and `counted`.
 
+    Example:
+        >>> layer = models.WidthLayerNorm()
+        >>> variables = layer.init(key, jnp.ones((2, 12)))
+
     Attributes:
         epsilon: added to the variance.
         scale_init: initialiser of the scale.
@@ -157,6 +173,10 @@ class WidthLayerNorm(nn.Module):
 class WidthRMSNorm(nn.Module):
     """`width_rms_norm` as a layer, in the place of `nn.RMSNorm`; its parameters are `scale` and `counted`.
 
+    Example:
+        >>> layer = models.WidthRMSNorm()
+        >>> variables = layer.init(key, jnp.ones((2, 12)))
+
     Attributes:
         epsilon: added to the mean square.
         scale_init: initialiser of the scale.
@@ -176,6 +196,10 @@ class WidthRMSNorm(nn.Module):
 
 class WidthGroupNorm(nn.Module):
     """`width_group_norm` as a layer, in the place of `nn.GroupNorm(num_groups=None, group_size=...)`.
+
+    Example:
+        >>> layer = models.WidthGroupNorm(group_size=4)
+        >>> variables = layer.init(key, jnp.ones((2, 12)))
 
     Attributes:
         group_size: channels a group.

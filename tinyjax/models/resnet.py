@@ -18,7 +18,7 @@ def inner_widths(s: float | int = 1) -> tuple[int, ...]:
     """Widths inside the eight blocks at a fraction `s` of the full network (Table 3).
 
     Example:
-        >>> inner_widths(1 / 64)
+        >>> models.inner_widths(1 / 64)
         (1, 1, 2, 2, 4, 4, 8, 8)
 
     Args:
@@ -40,9 +40,13 @@ class ResNet18(nn.Module):
     `conv_<i>` are blocks.
 
     Example:
-        >>> model = ResNet18(widths=inner_widths(1 / 64), num_classes=100)
-        >>> variables = model.init(jax.random.key(0), images, train=False)
-        >>> logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        >>> model = models.ResNet18(widths=models.inner_widths(1 / 64), num_classes=100)
+        >>> def forward(x):
+        ...     variables = model.init(key, x, train=False)
+        ...     return model.apply(variables, x, train=True, mutable=["batch_stats"])
+        >>> logits, updates = jax.eval_shape(forward, jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32))
+        >>> logits.shape
+        (8, 100)
 
     Attributes:
         widths: inner widths of the eight blocks, from the image on.

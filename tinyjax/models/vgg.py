@@ -18,8 +18,9 @@ class VGG(nn.Module):
     small images, one dense layer of 512 takes the place of their two of 4096.
 
     Example:
-        >>> model = VGG(stages=VGG11, num_classes=10)
-        >>> variables = model.init(jax.random.key(0), images, train=False)
+        >>> model = models.VGG(stages=models.VGG11, num_classes=10)
+        >>> image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+        >>> variables = jax.eval_shape(lambda x: model.init(key, x, train=False), image)
 
     Attributes:
         stages: channels of every convolution, stage by stage.

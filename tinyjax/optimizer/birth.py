@@ -52,9 +52,10 @@ def with_birth(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
         ValueError: by `init` or `update`, for an optimizer that cannot be supported (named).
 
     Example:
-        >>> optimizer = with_birth(optax.adam(1e-3))
+        >>> optimizer = tinyjax.with_birth(optax.adam(1e-3))
         >>> opt_state = optimizer.init(params)
-        >>> opt_state = reset_grown(optimizer, opt_state, params, sites, info.born)
+        >>> born = {"hidden_1": jnp.arange(12) == 4}
+        >>> opt_state = tinyjax.reset_grown(optimizer, opt_state, params, site, born)
     """
     inner = optax.with_extra_args_support(optimizer)
 

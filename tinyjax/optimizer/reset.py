@@ -39,6 +39,10 @@ def fresh(optimizer: optax.GradientTransformation, opt_state: Any, params: Param
 
     Raises:
         ValueError: when the optimizer corrects biases by a step count and is not wrapped in `with_birth`.
+
+    Example:
+        >>> born = {"hidden_1": jnp.arange(12) == 4}
+        >>> opt_state = tinyjax.reset_grown(optimizer, opt_state, params, site, born, rule=tinyjax.fresh)
     """
     outside = jax.tree.map(lambda node: () if _is_births(node) else node, opt_state, is_leaf=_is_births)
     if corrected_states(outside):
@@ -61,6 +65,10 @@ def zeros(optimizer: optax.GradientTransformation, opt_state: Any, params: Param
 
     Returns:
         The new state.
+
+    Example:
+        >>> born = {"hidden_1": jnp.arange(12) == 4}
+        >>> opt_state = tinyjax.reset_grown(optimizer, opt_state, params, site, born, rule=tinyjax.zeros)
     """
     return _blank(opt_state, optimizer.init(params), params, newborn)
 
@@ -76,6 +84,10 @@ def everything(optimizer: optax.GradientTransformation, opt_state: Any, params: 
 
     Returns:
         The new state.
+
+    Example:
+        >>> born = {"hidden_1": jnp.arange(12) == 4}
+        >>> opt_state = tinyjax.reset_grown(optimizer, opt_state, params, site, born, rule=tinyjax.everything)
     """
     masks = [jnp.any(mask) for axes in newborn.values() for mask in axes.values()]
     born = jnp.any(jnp.stack(masks)) if masks else jnp.asarray(False)
@@ -110,8 +122,9 @@ def reset_grown(
         ValueError: for an unknown site, a mask of another length, or what the rule refuses.
 
     Example:
-        >>> params, info = grow_step(params, batch)
-        >>> opt_state = reset_grown(optimizer, opt_state, params, sites, info.born)
+        >>> neurons = tinyjax.tiny0(statistics, num_neurons=2)
+        >>> params, born = tinyjax.write(params, site, neurons, amplitude=1.0)
+        >>> opt_state = tinyjax.reset_grown(optimizer, opt_state, params, site, {site.name: born})
     """
     sites = as_sites(sites)
     require_names(sites, born)

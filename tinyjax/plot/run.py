@@ -45,8 +45,11 @@ def growth_curves(records: Sequence[Record], *, references: Mapping[str, float] 
     """Accuracy, width of every site and psi of every site against the step, one above the other.
 
     Example:
-        >>> records = [{"step": 0, "test_accuracy": 0.2, "width": {"hidden_1": 2}, "psi": {"hidden_1": 0.7}}, ...]
-        >>> growth_curves(records, references={"fixed, width 64": 0.96}).savefig("growth.png")
+        >>> records = [
+        ...     {"step": 0, "test_accuracy": 0.2, "width": {"hidden_1": 2}, "psi": {"hidden_1": 0.7}},
+        ...     {"step": 9, "test_accuracy": 0.8, "width": {"hidden_1": 8}, "psi": {"hidden_1": 0.2}},
+        ... ]
+        >>> plot.growth_curves(records, references={"fixed, width 64": 0.96}).savefig("growth.png")
 
     Args:
         records: in the order of their steps; each quantity is drawn through the records that have it.
@@ -77,6 +80,10 @@ def growth_curves(records: Sequence[Record], *, references: Mapping[str, float] 
 @styled
 def bottleneck_map(records: Sequence[Record]) -> "Figure":
     """Psi of every site (rows, input on top) over the steps of a run (columns), colour on a logarithmic scale.
+
+    Example:
+        >>> records = [{"step": 0, "psi": {"first": 0.7, "second": 0.1}}, {"step": 9, "psi": {"first": 0.2}}]
+        >>> plot.bottleneck_map(records).savefig("psi.png")
 
     Args:
         records: in the order of their steps; those without `psi` are passed over, a site without a value stays blank.

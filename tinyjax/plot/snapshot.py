@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 def spectrum(singular_values: Any, *, edge: float | None = None, title: str = "Singular values") -> "Figure":
     """Singular values of S^(-1/2) N in descending order; those above the edge of the noise stand out.
 
+    Example:
+        >>> gains = tinyjax.bottleneck(statistics).gains
+        >>> plot.spectrum(gains**0.5, edge=0.01).savefig("spectrum.png")
+
     Args:
         singular_values: (k,), the lambda_k of proposition 3.2, in any order.
         edge: the largest value that noise alone explains.
@@ -51,6 +55,9 @@ def spectrum(singular_values: Any, *, edge: float | None = None, title: str = "S
 @styled
 def widths(widths: Mapping[str, int], *, start: Mapping[str, int] | None = None) -> "Figure":
     """Width of every site as a bar (input on top), and where it started.
+
+    Example:
+        >>> plot.widths({"first": 24, "second": 12}, start={"first": 2, "second": 2}).savefig("widths.png")
 
     Args:
         widths: used slots by site name.

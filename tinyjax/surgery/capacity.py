@@ -23,7 +23,7 @@ def exact(needed: Mapping[str, int], final: Mapping[str, int] | None = None) -> 
         Capacities by site name.
 
     Example:
-        >>> exact({"fc1": 11, "fc2": 3})
+        >>> tinyjax.exact({"fc1": 11, "fc2": 3})
         {'fc1': 11, 'fc2': 3}
     """
     del final
@@ -44,7 +44,7 @@ def full(needed: Mapping[str, int], final: Mapping[str, int] | None = None) -> C
         ValueError: when `final` is None or lacks a site.
 
     Example:
-        >>> full({"fc1": 11}, {"fc1": 64})
+        >>> tinyjax.full({"fc1": 11}, {"fc1": 64})
         {'fc1': 64}
     """
     if final is None:
@@ -67,7 +67,7 @@ def multiple_of(multiple: int) -> Policy:
         ValueError: for a multiple below 1, or a site that `final` lacks (when the policy is called).
 
     Example:
-        >>> multiple_of(8)({"fc1": 11, "fc2": 3}, {"fc1": 64, "fc2": 128})
+        >>> tinyjax.multiple_of(8)({"fc1": 11, "fc2": 3}, {"fc1": 64, "fc2": 128})
         {'fc1': 16, 'fc2': 32}
     """
     if multiple < 1:
@@ -92,7 +92,7 @@ def geometric(ratio: float) -> Policy:
         ValueError: for a ratio not above 1, or a site that `final` lacks (when the policy is called).
 
     Example:
-        >>> geometric(2.0)({"fc1": 11, "fc2": 3}, {"fc1": 64, "fc2": 128})
+        >>> tinyjax.geometric(2.0)({"fc1": 11, "fc2": 3}, {"fc1": 64, "fc2": 128})
         {'fc1': 16, 'fc2': 32}
     """
     if not ratio > 1:

@@ -49,7 +49,9 @@ def prune(
         ValueError: for a site that cannot grow, `num_neurons` outside 0 .. capacity, or a Gram matrix of another size.
 
     Example:
-        >>> params, removed = prune(params, site, estimate(loss_fn, params, batch, site), num_neurons=4)
+        >>> params, removed = tinyjax.prune(params, site, statistics, num_neurons=1)
+        >>> int(tinyjax.width(params, site)), int(removed.sum())
+        (3, 1)
     """
     require_growable(site)
     if not 0 <= num_neurons <= site.capacity:

@@ -78,7 +78,11 @@ def resize(
             optimizer, a state that does not belong to the parameters; or when cutting while traced.
 
     Example:
-        >>> params, opt_state, sites = resize(params, sites, {"fc1": 64}, optimizer=tx, opt_state=opt_state)
+        >>> params, opt_state, sites = tinyjax.resize(
+        ...     params, sites, {"hidden_1": 16}, optimizer=optimizer, opt_state=opt_state
+        ... )
+        >>> [site.capacity for site in sites]
+        [16, 12]
     """
     sites = as_sites(sites)
     if (optimizer is None) != (opt_state is None):
@@ -113,7 +117,9 @@ def compact(params: Params, sites: Sites | Sequence[Site] | Site) -> tuple[Param
         ValueError: when called while tracing.
 
     Example:
-        >>> params, widths = compact(params, sites)
+        >>> params, widths = tinyjax.compact(params, sites)
+        >>> widths, params["params"]["hidden_2"]["kernel"].shape
+        ({'hidden_1': 4, 'hidden_2': 4}, (4, 4))
     """
     sites = as_sites(sites)
     require_concrete(params, "the size of a compact network")

@@ -67,8 +67,9 @@ def thin(params: Params, sites: Sites | Site, width: int | Mapping[str, int]) ->
         ValueError: for a width outside 0 .. capacity, an unknown name, a site that cannot grow, integer leaves.
 
     Example:
-        >>> sites = tinyjax.find_sites(loss_fn, params, batch)
-        >>> params = tinyjax.thin(params, sites, 2)
+        >>> params = tinyjax.thin(params, sites, {"hidden_1": 2, "hidden_2": 3})
+        >>> [int(tinyjax.width(params, site)) for site in sites]
+        [2, 3]
     """
     sites = as_sites(sites)
     for name, kept in per_site(sites, width).items():
@@ -129,8 +130,10 @@ def write(
         ValueError: for a site that cannot grow, shapes that do not fit it, or a `birth` leaf it does not have.
 
     Example:
-        >>> neurons = tinyjax.tiny(statistics, num_neurons=8)
+        >>> neurons = tinyjax.tiny(statistics, num_neurons=2)
         >>> params, born = tinyjax.write(params, site, neurons, amplitude=0.1)
+        >>> int(tinyjax.width(params, site)), int(born.sum())
+        (6, 2)
     """
     require_growable(site)
     if isinstance(amplitude, int | float) and not amplitude >= 0:
