@@ -26,7 +26,9 @@ Every example of these pages goes on from this one, a network of two hidden laye
     >>> optimizer = tinyjax.with_birth(optax.adam(1e-3))
     >>> opt_state = optimizer.init(params)
     >>> batches = [batch] * 4
-    >>> schedule = tinyjax.every(2, 4, final=12)
+    >>> schedule = tinyjax.every(100, 4, final=12, start=100)
+    >>> run = tinyjax.fit(loss_fn, params, batches, optimizer, schedule, key, sites=site, num_neurons=4)
+    >>> record = next(run)
 """
 
 from tinyjax.brakes import budget as budget

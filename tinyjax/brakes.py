@@ -24,7 +24,9 @@ def budget(schedule: Schedule, cost: Callable[[Widths], float], *, limit: float)
         A schedule.
 
     Example:
-        >>> schedule = budget(every(100, 4, final=64), partial(parameters, sites), limit=50_000)
+        >>> within = tinyjax.budget(schedule, partial(costs.parameters, sites), limit=100)
+        >>> within(100, {"hidden_1": 4, "hidden_2": 4}, [])
+        {'hidden_1': 3, 'hidden_2': 2}
     """
 
     def held(step: int, widths: Widths, history: Sequence[Any] = ()) -> Additions:
@@ -64,8 +66,8 @@ def plateau(schedule: Schedule, losses: Sequence[Any], *, window: int, least: fl
 
     Example:
         >>> losses = []
-        >>> schedule = plateau(every(1, 4, final=64), losses, window=50)
-        >>> for record in fit(loss_fn, params, batches, optimizer, schedule, key, num_neurons=4):
+        >>> schedule = tinyjax.plateau(tinyjax.every(1, 4, final=64), losses, window=50)
+        >>> for record in tinyjax.fit(loss_fn, params, batches, optimizer, schedule, key, sites=site, num_neurons=4):
         ...     if record.growth is not None:
         ...         losses.clear()
         ...     losses.append(record.loss)
@@ -103,7 +105,7 @@ def worthwhile(schedule: Schedule, losses: Sequence[Any], gains: Gains, *, windo
 
     Example:
         >>> losses, scores = [], {}
-        >>> schedule = worthwhile(every(1, 4, final=64), losses, lambda history: scores, window=50)
+        >>> schedule = tinyjax.worthwhile(tinyjax.every(1, 4, final=64), losses, lambda history: scores, window=50)
     """
     _require_window(window)
 

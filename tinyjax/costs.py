@@ -57,7 +57,8 @@ def forward_flops(sites: Iterable[Site] | Site, widths: Mapping[str, int]) -> in
         widths: used slots by site name; others count at capacity.
 
     Example:
-        >>> forward_flops(sites, {"fc1": 8})
+        >>> costs.forward_flops(sites, {"hidden_1": 4, "hidden_2": 4})  # 2 (4 x 4 + 4 x 4 + 4 x 2)
+        80
     """
     products = {}
     for site in resized(as_sites(sites), widths):
@@ -75,7 +76,8 @@ def flop_cost(sites: Iterable[Site] | Site) -> Callable[[str, Mapping[str, int]]
         `(site, widths) -> operations a sample`.
 
     Example:
-        >>> flop_cost(sites)("conv1", {"conv1": 8, "conv2": 8})
+        >>> costs.flop_cost(sites)("hidden_1", {"hidden_1": 4, "hidden_2": 4})
+        16
     """
     return partial(_one_more, forward_flops, as_sites(sites))
 

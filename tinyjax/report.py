@@ -29,7 +29,9 @@ def summary(record: Record) -> dict[str, Any]:
         layers has by layer is a list.
 
     Example:
-        >>> print(json.dumps(tinyjax.summary(record)))
+        >>> summary = tinyjax.summary(record)  # `json.dumps` takes it
+        >>> summary["step"], summary["width"]
+        (1, {'hidden_1': 4})
     """
     row = {"step": record.step, "loss": _plain(record.loss), "width": dict(record.width)}
     return row if record.growth is None else row | {"growth": _growth(record.growth)}
@@ -40,7 +42,10 @@ def log_line(record: Record) -> str:
 
     Example:
         >>> tinyjax.log_line(record)
-        'step=20 loss=0.4102 width=fc1:12,fc2:12 grown=fc1:+4,fc2:+2 status=fc1:grown,fc2:rejected fell=0.0213'
+        'step=1 loss=0.68... width=hidden_1:4'
+
+    After a growth such as
+    `step=20 loss=0.4102 width=fc1:12,fc2:12 grown=fc1:+4,fc2:+2 status=fc1:grown,fc2:rejected fell=0.0213`.
     """
     row = summary(record)
     pairs = {"step": row["step"], "loss": _short(row["loss"]), "width": _by_site(row["width"])}
@@ -74,8 +79,8 @@ def progress(
 
     Example:
         >>> with open("log.jsonl", "a") as log:
-        ...     for record in tinyjax.progress(tinyjax.fit(...), total=len(batches), log=log):
-        ...         ...
+        ...     for record in tinyjax.progress(run, total=len(batches), log=log):
+        ...         last = record.loss
     """
     out = sys.stderr if out is None else out
     live = out.isatty()

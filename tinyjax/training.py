@@ -233,7 +233,7 @@ def fit(
 
     Example:
         >>> optimizer = tinyjax.with_birth(optax.adam(1e-3))
-        >>> schedule = tinyjax.every(2, 4, final=12)
+        >>> schedule = tinyjax.every(2, 4, final=12)  # instead of the one above, which waits for step 100
         >>> for record in tinyjax.fit(loss_fn, params, batches, optimizer, schedule, key, sites=site, num_neurons=4):
         ...     print(record.step, record.width)
         1 {'hidden_1': 8}

@@ -38,7 +38,8 @@ def twin_slopes(loss: Loss, params: Params, batch: Any, site: Site, neurons: Neu
         (2, k): of the neurons, of their twins (-alpha, -omega).
 
     Example:
-        >>> slopes = twin_slopes(loss_fn, params, batch, site, tiny(statistics, num_neurons=8))
+        >>> neurons = tinyjax.tiny(statistics, num_neurons=2)
+        >>> slopes = tinyjax.twin_slopes(loss_fn, params, batch, site, neurons)
     """
     born_silent = ~jnp.any(neurons.omega != 0)
 
@@ -61,7 +62,7 @@ def better_twins(loss: Loss, params: Params, batch: Any, site: Site, neurons: Ne
     """Each neuron or its twin, whichever makes the loss fall faster; arguments as `twin_slopes`.
 
     Example:
-        >>> grow_step = make_grow_step(loss_fn, sites, num_neurons=8, orient=better_twins)
+        >>> grow_step = tinyjax.make_grow_step(loss_fn, sites, num_neurons=2, orient=tinyjax.better_twins)
     """
     slopes = twin_slopes(loss, params, batch, site, neurons)
     sign = jnp.where(slopes[1] > slopes[0], -1, 1).astype(neurons.alpha.dtype)

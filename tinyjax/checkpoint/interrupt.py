@@ -15,9 +15,8 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         `stopped()`: whether Ctrl-C was pressed.
 
     Example:
-        >>> never = tinyjax.every(1, 4, final=12, start=99)
         >>> with tinyjax.stop_on_interrupt() as stopped:
-        ...     for record in tinyjax.fit(loss_fn, params, batches, optimizer, never, key, sites=sites, num_neurons=4):
+        ...     for record in run:
         ...         if record.step % 100 == 0 or stopped():
         ...             tinyjax.save("run", record, key=key)
         ...         if stopped():

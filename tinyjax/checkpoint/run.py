@@ -112,9 +112,7 @@ def save(
         ValueError: the folder holds later steps or another run, or `extra` holds something else.
 
     Example:
-        >>> never = tinyjax.every(1, 4, final=12, start=99)
-        >>> for record in tinyjax.fit(loss_fn, params, batches, optimizer, never, key, sites=sites, num_neurons=4):
-        ...     tinyjax.save("run", record, key=key)
+        >>> tinyjax.save("run", record, key=key)
     """
     if keep < 1:
         raise ValueError(f"`keep` must be at least 1, got {keep}")
@@ -167,12 +165,10 @@ def restore(
         ValueError: it is damaged, of a newer format, of another model or optimizer, or of another precision.
 
     Example:
-        >>> never = tinyjax.every(1, 4, final=12, start=99)
-        >>> run = tinyjax.fit(loss_fn, params, batches, optimizer, never, key, sites=sites, num_neurons=4)
-        >>> tinyjax.save("run", next(run), key=key)
+        >>> tinyjax.save("run", record, key=key)
         >>> saved = tinyjax.restore("run", optimizer, like=params)
         >>> records = tinyjax.fit(
-        ...     loss_fn, saved.params, batches[saved.step :], optimizer, never, saved.key,
+        ...     loss_fn, saved.params, batches[saved.step :], optimizer, schedule, saved.key,
         ...     num_neurons=4, **saved.progress(),
         ... )
         >>> [record.step for record in records]

@@ -133,7 +133,8 @@ def refit(statistics: Statistics, neurons: Neurons, delta: Array | None = None) 
         delta: (H, M) the update applied before them, or None.
 
     Example:
-        >>> predicted_gain(moments(statistics), refit(statistics, gradmax(statistics, num_neurons=8)))
+        >>> neurons = methods.refit(statistics, tinyjax.gradmax(statistics, num_neurons=2))
+        >>> gain = tinyjax.predicted_gain(tinyjax.moments(statistics), neurons)
     """
     return refit_fan_in(statistics, refit_fan_out(statistics, neurons, delta), delta)
 

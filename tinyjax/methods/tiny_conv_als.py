@@ -165,9 +165,11 @@ def conv_gains(
         ValueError: `num_neurons` is not a positive int, or the statistics have no `offset_gram`.
 
     Example:
-        >>> statistics = tinyjax.estimate(loss_fn, params, batch, site, offset_gram=True)
-        >>> gains = tinyjax.conv_gains(statistics, num_neurons=4)
-        >>> gains.approximation / gains.als, gains.als / gains.bound
+        >>> estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=site, offset_gram=True))
+        >>> gains_of = jax.jit(partial(tinyjax.conv_gains, num_neurons=2, num_steps=3))
+        >>> gains = gains_of(estimate(params, batch))
+        >>> bool(gains.als <= gains.bound * 1.01)
+        True
     """
     problem = conv_problem(moments(statistics), best_update(statistics, ridge=update_ridge))
     return gains_of(problem, num_neurons=num_neurons, num_steps=num_steps)
