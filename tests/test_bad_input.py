@@ -211,6 +211,15 @@ CASES = {
             g.optimizer, g.optimizer.init(g.params), g.params, g.sites, g.info.born), "wrap the optimizer as `with_birth"),
         Case("`born` of another capacity", lambda g: tinyjax.reset_grown(
             (o := tinyjax.with_birth(g.optimizer)), o.init(g.params), g.params, g.sites, {"w": jnp.ones(3, bool)}), r"`born` of site `w` has shape \(3,\)"),
+        Case("one batch for the batches", lambda g: fit(g, batches=g.batch), "`batches` must be an iterable of batches"),
+        Case("a number of batches for the batches", lambda g: fit(g, batches=5), "must be an iterable of batches, .* got a int"),
+        Case("an optimizer that was not made", lambda g: fit(g, optimizer=optax.adam), "`optimizer` must be an Optax optimizer"),
+        Case("a dict for the schedule", lambda g: fit(g, schedule={"w": 1}), "`schedule` must be a function"),
+        Case("a seed for the key", lambda g: fit(g, key=0), "`key` must be a PRNG key"),
+        Case("a schedule that returns nothing", lambda g: fit(g, schedule=lambda *_: None), "{} for none; it returned None"),
+        Case("a schedule that asks for half a neuron", lambda g: fit(g, schedule=lambda *_: {"w": 0.5}), "ask for a whole number"),
+        Case("fewer than 8 `growth_samples`", lambda g: fit(g, growth_samples=7), "at least 8 samples, got 7"),
+        Case("a policy without the final widths", lambda g: fit(g, policy=tinyjax.full), "pass `final`"),
         Case("no batches to `fit`", lambda g: fit(g, batches=[]), "`batches` is empty"),
         Case("`micro_batch=0`", lambda g: fit(g, micro_batch=0), "`micro_batch` must be at least 1"),
         Case("a batch that is no multiple of `micro_batch`", lambda g: fit(g, micro_batch=5, schedule=lambda *_: {}), "not a multiple of `micro_batch`"),
@@ -220,11 +229,16 @@ CASES = {
 ALL = [(door, case) for door, cases in CASES.items() for case in cases]
 
 
+MESSAGES: dict[int, str] = {}
+
+
 def message(case: Case, given: Good) -> str:
-    """What the case is answered with."""
-    with pytest.raises(case.error) as caught:
-        case.call(given)
-    return str(caught.value.args[0])
+    """What the case is answered with; asked once."""
+    if id(case) not in MESSAGES:
+        with pytest.raises(case.error) as caught:
+            case.call(given)
+        MESSAGES[id(case)] = str(caught.value.args[0])
+    return MESSAGES[id(case)]
 
 
 @pytest.fixture(scope="module")

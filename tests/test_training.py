@@ -46,10 +46,12 @@ def thin():
     return tinyjax.thin(params, tinyjax.find_sites(loss_fn, params, make_batches(1)[0]), 2)
 
 
+OPTIMIZER = tinyjax.with_birth(optax.adam(1e-2))
+
+
 def fit(params, batches, schedule, *, num_neurons=3, key=0, growth_samples=32, loss=loss_fn, **options):
-    optimizer = tinyjax.with_birth(optax.adam(1e-2))
     options = dict(num_neurons=num_neurons, growth_samples=growth_samples) | options
-    return list(tinyjax.fit(loss, params, iter(batches), optimizer, schedule, jax.random.key(key), **options))
+    return list(tinyjax.fit(loss, params, iter(batches), OPTIMIZER, schedule, jax.random.key(key), **options))
 
 
 class Compiles:
@@ -332,7 +334,6 @@ def test_a_schedule_sees_the_growths_so_far(thin):
         (dict(num_neurons={"hidden": 1}), r"no site `hidden`"),
         (dict(num_neurons=0), r"`num_neurons` of site `w` must be an int of at least 1, got 0"),
         (dict(make_loss=lambda widths: loss_fn, final={"hidden": 3}, start=8), r"`final` gives site `w` no width"),
-        (dict(growth_samples=1, schedule=tinyjax.every(1, 1, final=8), short=True), r"at least 8 samples"),
     ],
 )
 def test_misuse(thin, change, message):
@@ -340,10 +341,40 @@ def test_misuse(thin, change, message):
     params = init(arguments.pop("start")) if "start" in arguments else thin
     if arguments.pop("sites", None):
         arguments["sites"] = tinyjax.find_sites(loss_fn, params, make_batches(1)[0])
-    if arguments.pop("short", False):
-        arguments["batches"] = jax.tree.map(lambda x: x[:6], arguments["batches"])
     with pytest.raises(ValueError, match=message):
         fit(params, arguments.pop("batches"), arguments.pop("schedule"), **arguments, **CHEAP)
+
+
+def test_where_fewer_than_eight_samples_are_left_nothing_grows(thin):
+    """The data may end in the midst of a batch, whatever the schedule asks for there."""
+    *first, last = make_batches(3)
+    rest = jax.tree.map(lambda x: x[:7], last)
+    records = fit(thin, [*first, rest], tinyjax.every(2, 2, final=8), **CHEAP)
+    assert [r.width["w"] for r in records] == [4, 4, 4] and records[-1].growth is None
+
+
+def test_a_run_that_was_stopped_at_its_end_goes_on_with_nothing(thin):
+    record = fit(thin, make_batches(1), tinyjax.every(9, 2, final=8, start=1), **CHEAP)[-1]
+    assert fit(record.params, [], tinyjax.every(9, 2, final=8), step=1, opt_state=record.opt_state, **CHEAP) == []
+
+
+def test_a_loop_that_is_left_can_be_taken_up_again(thin):
+    """`fit` is a generator: what was peeked at for a growth is not lost."""
+    schedule = tinyjax.every(2, 2, final=8)
+    records = tinyjax.fit(
+        loss_fn, thin, iter(make_batches(4)), OPTIMIZER, schedule, jax.random.key(0), num_neurons=3,
+        growth_samples=32, **CHEAP,
+    )  # fmt: skip
+    first = [next(records), next(records)]
+    rest = list(records)
+    whole = fit(thin, make_batches(4), schedule, **CHEAP)
+    assert [r.step for r in (*first, *rest)] == [1, 2, 3, 4]
+    chex.assert_trees_all_equal(rest[-1].params, whole[-1].params)
+
+
+def test_a_policy_without_its_final_widths_is_refused_at_once(thin):
+    with pytest.raises(ValueError, match="the policy `full` allocates the final widths: pass `final`"):
+        fit(thin, make_batches(1), lambda step, widths, history: {}, policy=tinyjax.full)
 
 
 def test_nan_in_a_growth_stops_the_run(thin):

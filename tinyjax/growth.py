@@ -41,6 +41,9 @@ from tinyjax.statistics import Statistics
 from tinyjax.surgery import Trainable, everything
 from tinyjax.trace import batch_size, trace
 
+FEWEST = 8
+"""Samples that a growth needs at least."""
+
 Orient = Callable[..., Neurons]
 held_out_best_update = partial(best_update, ridge=held_out_update)
 
@@ -217,12 +220,12 @@ def split_batch(batch: Any) -> Parts:
     """Three quarters for statistics, the last quarter for line searches, and the whole.
 
     Raises:
-        ValueError: fewer than 8 samples.
+        ValueError: fewer than `FEWEST` samples.
     """
     num_samples = batch_size(batch)
-    if num_samples < 8:
+    if num_samples < FEWEST:
         raise ValueError(
-            f"a growth needs at least 8 samples (statistics on 3/4, line search on 1/4), got {num_samples}"
+            f"a growth needs at least {FEWEST} samples (statistics on 3/4, line search on 1/4), got {num_samples}"
         )
     cut = num_samples - num_samples // 4
 

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
 from tinyjax.estimate import take_samples
-from tinyjax.growth import make_grow_step, require_counts
+from tinyjax.growth import FEWEST, make_grow_step, require_counts
 from tinyjax.info import GrowthInfo, check
 from tinyjax.layout import Params, named_leaves, replace_leaves
 from tinyjax.schedule import Schedule
@@ -207,8 +208,9 @@ def fit(
         key: for methods and fillers that draw.
         num_neurons: the largest number of neurons the schedule asks for at once, for all sites or by name.
         sites: what to grow; default: every growable site.
-        growth_samples: samples a growth uses (fewer if the batches end): statistics on 3/4 of them, line searches on
-            the rest. By site name or one number for all; sites that grow together use the largest.
+        growth_samples: samples a growth uses (fewer if the batches end, and no growth with fewer than 8): statistics on
+            3/4 of them, line searches on the rest. By site name or one number for all; sites that grow together use the
+            largest.
         micro_batch: gradients are computed on so many samples at a time and averaged over the batch, so that batches of
             any multiple of it share one program. A loss that couples samples couples those of a micro-batch.
         make_loss: from capacities to a loss, for models that check shapes (Linen, Haiku); not needed for others.
@@ -228,8 +230,9 @@ def fit(
         A `Record` a step.
 
     Raises:
-        ValueError: no batch; a schedule that names an unknown site or asks for more than `num_neurons`; and as
-            `find_sites`, `make_grow_step` and `check`.
+        ValueError: no batch (unless `step` says that the run was at its end); a schedule that names an unknown site or
+            asks for more than `num_neurons`; a policy without the `final` it needs; and as `find_sites`,
+            `make_grow_step` and `check`.
 
     Example:
         >>> optimizer = tinyjax.with_birth(optax.adam(1e-3))
@@ -241,27 +244,33 @@ def fit(
         3 {'hidden_1': 12}
         4 {'hidden_1': 12}
     """
+    _check_arguments(batches, optimizer, schedule, key)
     stream = _Stream(batches)
+    if step and not stream.has_next():  # a run that was stopped at its end
+        return
     first = stream.peek()
     found = find_sites(loss_fn, params, first, has_aux=has_aux).growable if sites is None else as_sites(sites)
     most = per_site(found, num_neurons)
     require_counts(found, most)
     policy = multiple_of(8) if policy is None and make_loss is not None else policy
     samples = per_site(found, growth_samples)
+    if min(samples.values(), default=FEWEST) < FEWEST:
+        raise ValueError(f"`growth_samples` must be at least {FEWEST} samples, got {growth_samples}")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"`micro_batch` must be at least 1 sample, got {micro_batch}")
     options = dict(optimizer=optimizer, trainable=trainable, has_aux=has_aux) | growth
     compiled = _Compiled(loss_fn, found, most, options, with_aux, programs, history)
     opt_state = optimizer.init(trainable(params)) if opt_state is None else opt_state
     widths = _widths(params, found)
+    if policy is not None:
+        policy(widths, final)  # what it lacks shall be said now, not when a site is full
     history = tuple(history)
     for done in itertools.count(step):
         if not stream.has_next():
             return
         info = None
-        wanted = {name: k for name, k in schedule(done, widths, history).items() if k > 0}
+        wanted = _wanted(schedule(done, widths, history), found, most)
         if wanted:
-            _check_wanted(wanted, found, most)
             needed = {name: w + wanted.get(name, 0) for name, w in widths.items()}
             if policy is not None and any(needed[site.name] > site.capacity for site in found):
                 capacities = policy(needed, final)
@@ -272,7 +281,7 @@ def fit(
                 compiled = _Compiled(loss_fn, found, most, options, with_aux, programs)
             fits = {name: min(k, found[name].capacity - widths[name]) for name, k in wanted.items()}
             fits = {name: k for name, k in fits.items() if k}
-            if fits:
+            if fits and stream.holds(FEWEST):
                 batch = stream.peek(max(samples[name] for name in fits))
                 params, opt_state, info = compiled.grow(params, opt_state, batch, jax.random.fold_in(key, done), fits)
                 check(info)
@@ -282,13 +291,35 @@ def fit(
         yield Record(done + 1, loss, info, dict(widths), params, opt_state, found, loss_fn, history)
 
 
-def _check_wanted(wanted: Mapping[str, int], sites: Sites, most: Mapping[str, int]) -> None:
-    require_names(sites, wanted)
-    for name, k in wanted.items():
+def _check_arguments(batches: Any, optimizer: Any, schedule: Any, key: Any) -> None:
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise ValueError(f"`batches` must be an iterable of batches, such as `[batch]`, got a {type(batches).__name__}")
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(
+            f"`optimizer` must be an Optax optimizer, such as `optax.adam(1e-3)`, got a {type(optimizer).__name__}"
+        )
+    if not callable(schedule):
+        raise ValueError(
+            f"`schedule` must be a function `(step, widths, history) -> {{site: neurons}}`, such as "
+            f"`tinyjax.every(...)`, got a {type(schedule).__name__}"
+        )
+    if not isinstance(key, (jax.Array, np.ndarray)):
+        raise ValueError(f"`key` must be a PRNG key, `jax.random.key(seed)`, got {key!r}")
+
+
+def _wanted(answer: Any, sites: Sites, most: Mapping[str, int]) -> dict[str, int]:
+    """What the schedule asks for, without the zeros."""
+    if not isinstance(answer, Mapping):
+        raise ValueError(f"the schedule must return the neurons to add by site, {{}} for none; it returned {answer!r}")
+    require_names(sites, answer)
+    for name, k in answer.items():
+        if k != int(k):
+            raise ValueError(f"the schedule asks for {k} neurons at site `{name}`: ask for a whole number")
         if k > most[name]:
             raise ValueError(
                 f"the schedule asks for {k} neurons at site `{name}` at once, more than `num_neurons`, {most[name]}"
             )
+    return {name: int(k) for name, k in answer.items() if k > 0}
 
 
 class _TrainingPrograms(NamedTuple):
@@ -385,6 +416,9 @@ def _mean_update(
     return *update_step(params, opt_state, gradient), loss
 
 
+_END = object()
+
+
 class _Stream:
     """Batches that can be looked at before they are taken."""
 
@@ -395,13 +429,19 @@ class _Stream:
     def has_next(self) -> bool:
         return bool(self._ahead) or self._read()
 
+    def holds(self, num_samples: int) -> bool:
+        """Whether so many samples are left; reads them."""
+        while sum(map(batch_size, self._ahead)) < num_samples:
+            if not self._read():
+                return False
+        return True
+
     def take(self) -> Any:
         return self._ahead.pop(0)
 
     def peek(self, num_samples: int | None = None) -> Any:
         """The next so many samples (fewer at the end), or the next batch, as one batch."""
-        while sum(map(batch_size, self._ahead)) < (num_samples or 1) and self._read():
-            pass
+        self.holds(num_samples or 1)
         if not self._ahead:
             raise ValueError("`batches` is empty")
         if num_samples is None:
@@ -411,10 +451,11 @@ class _Stream:
         return take_samples(jax.tree.map(_join, *self._ahead[:count]), 0, num_samples)
 
     def _read(self) -> bool:
-        batch = next(self._batches, None)
-        if batch is not None:
-            self._ahead.append(batch)
-        return batch is not None
+        batch = next(self._batches, _END)
+        if batch is _END:
+            return False
+        self._ahead.append(batch)
+        return True
 
 
 def _join(*leaves: Any) -> Any:
