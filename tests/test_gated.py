@@ -203,6 +203,24 @@ def test_a_growth_lowers_the_loss_and_leaves_old_gates_alone(swiglu, method):
     np.testing.assert_array_equal(np.asarray(grown["gate"])[:, :LIVE], np.asarray(params["gate"])[:, :LIVE])
 
 
+def test_gated_and_other_sites_grow_together():
+    """Both sites in one growth; each gets its own number of neurons."""
+    rng = np.random.default_rng(2)
+    params = {"w": draw(rng, 5, 4), "gate": draw(rng, 4, 4), "up": draw(rng, 4, 4), "down": draw(rng, 4, 3)}
+
+    def loss_fn(p, batch):
+        x = jnp.tanh(batch["x"] @ p["w"])
+        return jnp.mean(((jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"] - batch["t"]) ** 2)
+
+    sites = tinyjax.find_sites(loss_fn, params, BATCH)
+    assert sites.growable.names == ("w", "up")
+    counts = {"w": 1, "up": 2}
+    found = jax.jit(lambda p, b: tinyjax.estimate(loss_fn, p, b, sites, num_gates=counts))(params, BATCH)
+    assert found["w"].gates is None and found["up"].gates.shape == (4, 2)
+    with pytest.raises(ValueError, match="no site `v`"):
+        tinyjax.estimate(loss_fn, params, BATCH, sites, num_gates={"v": 1})
+
+
 def search_problem(seed, n=200, d=4, outputs=2):
     rng = np.random.default_rng(seed)
     x = np.concatenate([rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), np.ones((n, 1))], axis=1)

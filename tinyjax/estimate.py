@@ -177,7 +177,7 @@ def estimate_batch(
     size = min(micro_batch or chunk or DEFAULT_CHUNK, num_samples)
     gated = Sites(site for site in sites if site.gate is not None)
     some = take_samples(batch, 0, min(DEFAULT_CHUNK, num_samples))
-    gates = search_gates(loss_fn, params, some, gated, per_site(gated, num_gates), has_aux=has_aux) if gated else {}
+    gates = search_gates(loss_fn, params, some, gated, per_site(sites, num_gates), has_aux=has_aux) if gated else {}
     step = _Step(loss_fn, sites, has_aux, energy_matrix, offset_gram, null_draws, gates)
     if size < num_samples:
         traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
