@@ -192,6 +192,43 @@ def test_first_order_of_a_birth_through_a_normalisation(name):
         assert abs(twin - one) < 1e-3 * abs(one)  # both factors change sign: the twin has the same slope
 
 
+def test_relu_behind_a_normalisation_has_the_mean_slope():
+    """Proposition 3.3 through conv + BatchNorm + ReLU: a twin has the slope of its own side, both together 1/2.
+
+    A new channel is positively homogeneous, so finite amplitudes give the slopes but for the second order.
+    """
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.BatchNorm(use_running_average=False, name="norm")(nn.Conv(5, (3, 3), name="first")(x)))
+            return nn.Conv(2, (2, 2), name="head")(x)
+
+    batch = data(12, 5, 4, 2)
+    variables, step = zoo_images.variables_of(Net(), batch), 1e-6
+
+    def loss_fn(variables, batch):
+        outputs, updates = Net().apply(variables, batch["x"], mutable=["batch_stats"])
+        return jnp.mean(jnp.tanh(outputs) ** 2 + outputs), updates
+
+    site = tinyjax.find_sites(loss_fn, variables, batch, has_aux=True)["first"]
+    thinned, neurons = tinyjax.thin(variables, site, 3), draw(site, 1)
+
+    @jax.jit
+    def measure(params):
+        moments = moments_of(loss_fn, params, batch, site, neurons.alpha)
+        losses = jax.lax.map(
+            lambda gamma: loss_fn(born(params, site, neurons, gamma, moments), batch)[0], jnp.array([step, -step])
+        )
+        cross = tinyjax.moments(tinyjax.estimate(loss_fn, params, batch, site, has_aux=True)).cross_prev
+        return (loss_fn(params, batch)[0] - losses) / step, cross
+
+    achieved, cross = measure(thinned)
+    predicted = jnp.sum((neurons.alpha.T @ cross) * neurons.omega) / 2
+    np.testing.assert_allclose(achieved.mean(), predicted, rtol=1e-4)
+    assert abs(achieved[0] - achieved[1]) > 0.1 * abs(predicted)  # the twins differ: no single slope holds
+
+
 def test_training_and_evaluation_agree_after_a_growth():
     """With running statistics of this batch, they do exactly where nothing behind the site is normalised."""
     batch = data(64, 5, 4, 2)

@@ -265,7 +265,10 @@ REFUSED = {
     "counts_by_scale": (lambda h, p, b: width_rms_norm(h, p["g"], p["g"]), "more than once"),
     "counts_a_function": (lambda h, p, b: width_rms_norm(h, p["g"], 1 + p["n"]), "is no parameter"),
     "group_norm": (lambda h, p, b: width_group_norm(h, p["g"], p["a"], group_size=2), "`WidthGroupNorm` normalises it"),
-    "dropout_before_a_pool": (lambda h, p, b: unit_dropout(b["k"], h, 0.5) * h[:, ::-1], "mixed by `tinyjax_unit_dropout`"),
+    "dropout_before_a_pool": (
+        lambda h, p, b: unit_dropout(b["k"], h, 0.5) * h[:, ::-1],
+        "mixed by `tinyjax_unit_dropout`",
+    ),
 }
 
 
