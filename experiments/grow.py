@@ -7,7 +7,7 @@
 
 `--model mlp`: two hidden layers start at width 2 and are grown to 64 in the first quarter of training (Adam, 3e-3).
 `--model resnet18`: the ResNet-18 of the paper, thin inside its eight blocks (1, 1, 2, 2, 4, 4, 8, 8 channels), grown
-one block at a time by algorithm 1; `--preset cpu` has a quarter of the paper's channels, `paper` is figure 5's.
+one block at a time by algorithm 1; `--preset cpu` has an eighth of the paper's channels, `paper` is figure 5's.
 A growth: best update of the existing weights at an amplitude found by line search, new neurons in TINY's directions
 with zero fan-out (`tiny0`), random filler beyond the rank. All runs share data, batches, steps and optimizer:
 

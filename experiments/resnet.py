@@ -54,10 +54,10 @@ PRESETS = {
         ),
         tinyjax.full,
     ),
-    # A quarter of the paper's channels, from its thinnest start (1, 1, 2, 2, 4, 4, 8, 8).
+    # An eighth of the paper's channels, from its thinnest start (1, 1, 2, 2, 4, 4, 8, 8): three growths of each block.
     "cpu": Preset(
         paper.Protocol(
-            stream=(16, 32, 64, 128), start=paper.inner_widths(1 / 64), neurons=paper.NEURONS, between=0.25, extra=2,
+            stream=(8, 16, 32, 64), start=paper.inner_widths(1 / 64), neurons=paper.NEURONS, between=0.25, extra=2,
             optimizer=adam, augment=False,
         ),
         tinyjax.full,
