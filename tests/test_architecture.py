@@ -22,6 +22,7 @@ LEVELS = [
     ["growing", "diagnosis"],
     ["growth"],
     ["checkpoint", "ranking"],
+    ["edges"],
     ["training"],
     ["report"],
 ]

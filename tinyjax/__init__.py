@@ -46,6 +46,8 @@ from tinyjax.costs import parameters as parameters
 from tinyjax.diagnosis import Diagnosis as Diagnosis
 from tinyjax.diagnosis import Finding as Finding
 from tinyjax.diagnosis import diagnose as diagnose
+from tinyjax.edges import Edge as Edge
+from tinyjax.edges import score_edges as score_edges
 from tinyjax.estimate import estimate as estimate
 from tinyjax.growth import make_grow_step as make_grow_step
 from tinyjax.info import GrowthInfo as GrowthInfo

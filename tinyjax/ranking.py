@@ -100,6 +100,11 @@ def gauss_newton(model: Model, objective: Objective, params: Params, tangent: Pa
         True
     """
     z, dz = jax.jvp(lambda p: model(p, batch), (params,), (tangent,))
+    return move_at_output(objective, z, dz, batch)
+
+
+def move_at_output(objective: Objective, z: Any, dz: Any, batch: Any) -> Move:
+    """The Gauss-Newton model of the loss along a move `dz` of the output `z`; see `gauss_newton`."""
 
     def slope_at(z: Any) -> Array:
         return jax.jvp(lambda y: objective(y, batch), (z,), (dz,))[1]
