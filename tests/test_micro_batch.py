@@ -105,6 +105,7 @@ def test_growing_with_them(normalised):
     ("options", "message"),
     [
         (dict(micro_batch=7), "even number of samples, got 7"),
+        (dict(micro_batch="8"), "even number of samples, got '8'"),
         (dict(micro_batch=8, chunk=8), "leave one out"),
     ],
 )

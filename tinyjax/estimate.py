@@ -196,8 +196,8 @@ def estimate_batch(
 def _check_micro_batch(micro_batch: int, chunk: int | None) -> None:
     if chunk is not None:
         raise ValueError("`micro_batch` and `chunk` both say how many samples pass at a time: leave one out")
-    if micro_batch < 2 or micro_batch % 2:
-        raise ValueError(f"`micro_batch` must be an even number of samples, got {micro_batch}")
+    if not isinstance(micro_batch, int) or micro_batch < 2 or micro_batch % 2:
+        raise ValueError(f"`micro_batch` must be an even number of samples, got {micro_batch!r}")
 
 
 def _wide(discovery: Discovery, sites: Sites) -> list[str]:
