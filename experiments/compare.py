@@ -268,7 +268,7 @@ def findings(rows: list[Row]) -> list[Finding]:
                 f"{name} {spread(column(last, 'test'), 2, 100)} (minus fixed {np.mean(difference):+.2f}{error}; "
                 f"{np.mean(column(last, 'gflop')):.1f} GFLOP)"
             )
-        ours = "test accuracy in % at the end, difference with its standard error: " + ", ".join(cells)
+        ours = "test accuracy in % at the end, difference with its standard error: " + "; ".join(cells)
         lines.append(Finding(f"Methods compared, {task}", ours, verdict(found)))
     return lines
 

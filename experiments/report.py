@@ -2,8 +2,9 @@
 
     python -m experiments.report                        # a few seconds; runs nothing
 
-Every item of the paper is listed: the command, what the paper says, what was measured, and whether it is reproduced. An
-item without a result file is listed as not run, with the reason.
+Every item of the paper is listed: the command, what the paper says, what was measured, and whether it is reproduced. A
+table gives the verdicts, the sections below it what was measured, script by script, with its figure. An item without a
+result file is listed as not run.
 """
 
 import argparse
@@ -65,6 +66,7 @@ ITEMS = (
         "after growth / converged, s = 1/4: TINY 67.2 / 70.3 and 70.4 / 70.9, GradMax 65.1 / 67.0 and 68.6 / 69.0; "
         "s = 1/64: TINY 65.8 / 69.5 and 68.1 / 68.7, GradMax 45.0 / 57.0 and 56.8 / 58.4; reference 72.8",
     ),
+    Item("Table 1, a control", "growth_curves", "no number"),
     Item("Figure 13", "growth_curves", "figure 6 for all settings"),
     Item("Figure 14", "growth_curves", "figure 7 for TINY, all settings"),
     Item("Figure 15", "growth_curves", "figure 7 for GradMax, all settings"),
@@ -72,7 +74,7 @@ ITEMS = (
     Item("Table 4", "growth_curves", "s = 1/64, Delta t = 1, converged: TINY 68.7, GradMax 57.7"),
     Item("Table 5, accuracy", "growth_curves", "CIFAR-100: TINY 65.8 and 68.1, GradMax 45.0 and 56.8, NORTH 55.7"),
 )
-NOT_RUN = "not run: needs CIFAR-100, a GPU and days; see `growth_curves`"
+NOT_RUN = "not run"
 
 
 def collect(folder: Path) -> dict[str, Results]:
@@ -88,24 +90,27 @@ def collect(folder: Path) -> dict[str, Results]:
 def report(results: dict[str, Results], figures: Path) -> str:
     """The text of RESULTS.md; draws a figure for every script."""
     findings: dict[str, Finding] = {}
-    pictures = []
+    sections = []
     for script, found in results.items():
         experiment = importlib.import_module(f"experiments.{script}").EXPERIMENT
-        findings |= {finding.item: finding for finding in experiment.findings(found.rows)}
+        of_script = {finding.item: finding for finding in experiment.findings(found.rows)}
         save_figure(figures / f"{script}-{PRESET}.png", experiment.draw(found.rows))
-        pictures += [
+        sections += [
             f"## {script}",
             f"`{command(script)}`: {about(found)}",
             f"![{script}](figures/{script}-{PRESET}.png)",
+            *(entry(item, of_script[item.name]) for item in ITEMS if item.name in of_script),
         ]
+        findings |= of_script
     rows = [row(item, findings.get(item.name)) for item in ITEMS]
     lines = [
         "# Results",
         "Written by `python -m experiments.report` from `results/*.jsonl`, where config, seeds and versions of every "
-        "run are. ± is one standard deviation over seeds. The machine was shared: times are an order of magnitude. "
-        "`--preset paper` of a script is the paper's own setting on CIFAR-100.",
-        "\n".join(["| paper | script | the paper says | measured | verdict |", "|---|---|---|---|---|", *rows]),
-        *pictures,
+        "run are. ± is one standard deviation over seeds, behind a signed difference its standard error. The machine "
+        "was shared: times are an order of magnitude. `--preset paper` of a script is the paper's own setting on "
+        "CIFAR-100, which needs a GPU and was not run.",
+        "\n".join(["| paper | script | verdict at `cpu` scale |", "|---|---|---|", *rows]),
+        *sections,
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -123,13 +128,29 @@ def about(found: Results) -> str:
 
 
 def row(item: Item, finding: Finding | None) -> str:
-    cells = (
-        item.name,
-        f"`{item.script}`",
-        item.paper,
-        *((finding.ours, finding.verdict) if finding else ("", NOT_RUN)),
-    )
+    """A line of the table."""
+    script = f"[{item.script}](#{item.script})" if finding else f"`{item.script}`"
+    cells = (item.name, script, finding.verdict if finding else NOT_RUN)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def entry(item: Item, finding: Finding) -> str:
+    """An item below its script's figure: the paper's number, ours, the verdict."""
+    first, *others = pieces(finding.ours)
+    lines = [f"**{item.name}**", "", f"- Paper: {item.paper}", f"- Measured: {first}"]
+    return "\n".join([*lines, *(f"  - {other}" for other in others), f"- Verdict: {finding.verdict}"])
+
+
+def pieces(text: str) -> list[str]:
+    """A list that is written with semicolons, one entry each; those in brackets separate nothing."""
+    depth, found = 0, [""]
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == ";" and not depth:
+            found.append("")
+        else:
+            found[-1] += character
+    return [piece.strip() for piece in found]
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
