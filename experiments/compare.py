@@ -1,6 +1,6 @@
 """Every growth method on the same starts, data, batches, steps and seeds, with the controls each has to beat.
 
-    python -m experiments.compare --preset cpu          # digits and MNIST-5k, 5 seeds
+    python -m experiments.compare --preset cpu          # digits and MNIST-5k, 5 seeds; a ResNet: `compare_resnet`
 
 A multilayer perceptron with two hidden layers starts at width 2 and is grown to 64 in eight growths in the first
 quarter of training (Adam 3e-3, batches of 128). A method's neurons come after the best update dW* of the existing
@@ -36,9 +36,11 @@ from tinyjax.costs import parameters
 from tinyjax.models import MLP
 from tinyjax.plot import style
 from tinyjax.site import resized
+from tinyjax.surgery import Trainable, everything
 
 Widths = dict[str, int]
 REFERENCE = "tiny0"
+CONTROLS = ("fixed", "fixed + dW*")  # trained; `random0` is among the methods, and this one is read off `fixed`:
 EQUAL_FLOPS = "fixed, equal FLOPs"
 SMALL = 1e-3**0.5  # E.3.1's norm of new neurons
 
@@ -98,19 +100,45 @@ PRESETS = {
 
 
 class Task(NamedTuple):
-    """A data set and the network that is trained on it, compiled once for all runs."""
+    """A data set and the network that is trained on it, compiled once for all runs.
+
+    Attributes:
+        name: of the data set and the network.
+        config: of the runs.
+        train: training data.
+        growing: what a growth looks at.
+        measured: what accuracy is measured on, by name.
+        sites: at the final widths.
+        start: widths at the start, by site.
+        final: widths at the end.
+        init: (key, whether at the start's widths) -> parameters at the final capacities.
+        optimizer: of all runs.
+        step: `params, opt_state, ... = step(params, opt_state, batch)`.
+        accuracy: (parameters, batch) -> fraction of correct answers.
+        loss_fn: at the final capacities.
+        options: of `make_grow_step`, for this network.
+        training_flops: widths -> operations of a step.
+        growth_flops: (method, widths) -> operations of a growth.
+        trainable: the part of the parameters that the optimizer sees.
+    """
 
     name: str
     config: Config
-    splits: dict[str, data.Batch]
+    train: data.Batch
+    growing: data.Batch
+    measured: dict[str, data.Batch]
     sites: tinyjax.Sites
+    start: Widths
+    final: Widths
     init: Callable[[jax.Array, bool], Any]
     optimizer: optax.GradientTransformation
-    train: Callable[..., Any]
-    accuracy: Callable[..., jax.Array]
-    loss_fn: Callable[..., jax.Array]
+    step: Callable[..., Any]
+    accuracy: Callable[..., Any]
+    loss_fn: Callable[..., Any]
+    options: dict[str, Any]
     training_flops: Callable[[tuple[int, ...]], float]
     growth_flops: Callable[[str, tuple[int, ...]], float]
+    trainable: Trainable = everything
 
 
 def make_task(name: str, config: Config) -> Task:
@@ -164,17 +192,22 @@ def make_task(name: str, config: Config) -> Task:
 
     optimizer = tinyjax.with_birth(optax.adam(config.learning_rate))
     return Task(
-        name,
-        config,
-        splits,
-        sites,
-        jax.jit(init, static_argnums=1),
-        optimizer,
-        jax.jit(tinyjax.train_step(loss_at(full), optimizer), donate_argnums=(0, 1)),
-        jax.jit(accuracy),
-        loss_at(full),
-        training_flops,
-        growth_flops,
+        name=name,
+        config=config,
+        train=splits["train"],
+        growing=splits["train"],
+        measured=splits,
+        sites=sites,
+        start=dict.fromkeys(sites.names, config.start),
+        final=dict.fromkeys(sites.names, config.final),
+        init=jax.jit(init, static_argnums=1),
+        optimizer=optimizer,
+        step=jax.jit(tinyjax.train_step(loss_at(full), optimizer), donate_argnums=(0, 1)),
+        accuracy=jax.jit(accuracy),
+        loss_fn=loss_at(full),
+        options={},
+        training_flops=training_flops,
+        growth_flops=growth_flops,
     )
 
 
@@ -186,25 +219,30 @@ def recipe(name: str) -> dict[str, Any]:
 def measure(config: Config) -> Iterator[Row]:
     for name in config.datasets:
         task = make_task(name, config)
-        steps = config.epochs * (len(task.splits["train"].label) // config.batch_size)
-        schedule = tinyjax.early(steps, events=config.growths, final=config.final)
-        for method in (*config.methods, "fixed", "fixed + dW*"):
-            fixed = method.startswith("fixed")
-            grow = None
-            if method != "fixed":
-                most = -(-(config.final - config.start) // config.growths) + 1
-                options: dict[str, Any] = recipe(method) | dict(num_neurons=most, optimizer=task.optimizer)
-                grow = jax.jit(tinyjax.make_grow_step(task.loss_fn, task.sites, **options))
-                compile_first(task, grow)
-            for seed in config.seeds:
-                yield from train(task, method, grow, schedule, seed, fixed=fixed)
+        for method in (*config.methods, *CONTROLS):
+            yield from compared(task, method)
+
+
+def compared(task: Task, method: str) -> Iterator[Row]:
+    """A method or a control on a task: all seeds."""
+    config, fixed, grow = task.config, method.startswith("fixed"), None
+    steps = config.epochs * (len(task.train.label) // config.batch_size)
+    schedule = tinyjax.early(steps, events=config.growths, final=task.final)
+    if method != "fixed":
+        most = {site: -(-(task.final[site] - task.start[site]) // config.growths) + 1 for site in task.final}
+        most = {site: min(k, task.final[site]) for site, k in most.items()}
+        options: dict[str, Any] = recipe(method) | task.options | dict(num_neurons=most, optimizer=task.optimizer)
+        grow = jax.jit(tinyjax.make_grow_step(task.loss_fn, task.sites, **options))
+        compile_first(task, grow)
+    for seed in config.seeds:
+        yield from train(task, method, grow, schedule, seed, fixed=fixed)
 
 
 def compile_first(task: Task, grow: Callable[..., Any]) -> None:
     """Seconds of runs are without compilation: one call whose results are dropped."""
     params = task.init(jax.random.key(0), True)
     none = dict.fromkeys(task.sites.names, 0)
-    grow(params, task.splits["train"], task.optimizer.init(params), jax.random.key(0), none)
+    grow(params, task.growing, task.optimizer.init(task.trainable(params)), jax.random.key(0), none)
 
 
 def train(
@@ -213,21 +251,21 @@ def train(
     """One run: a row an epoch."""
     config, key = task.config, jax.random.key(seed)
     params = task.init(key, not fixed)
-    opt_state = task.optimizer.init(params)
-    used = dict.fromkeys(task.sites.names, config.final if fixed else config.start)
-    calendar = dict.fromkeys(task.sites.names, config.start)  # the twin keeps the grown network's
+    opt_state = task.optimizer.init(task.trainable(params))
+    used = dict(task.final if fixed else task.start)
+    calendar = dict(task.start)  # the twin keeps the grown network's
     operations, seconds, step = 0.0, 0.0, 0
     for epoch in range(config.epochs):
         began = time.perf_counter()
-        for batch in data.batches(task.splits["train"], batch_size=config.batch_size, seed=seed, epoch=epoch):
+        for batch in data.batches(task.train, batch_size=config.batch_size, seed=seed, epoch=epoch):
             added = schedule(step, calendar, ()) if grow is not None else {}
             if grow is not None and added:
                 key, growth_key = jax.random.split(key)
                 operations += task.growth_flops(name, tuple(used.values()))
-                params, opt_state, info = grow(params, task.splits["train"], opt_state, growth_key, added)
+                params, opt_state, info = grow(params, task.growing, opt_state, growth_key, added)
                 calendar = {site: width + added.get(site, 0) for site, width in calendar.items()}
                 used |= {} if fixed else {site: int(width) for site, width in info.width.items()}
-            params, opt_state, _, _ = task.train(params, opt_state, batch)
+            params, opt_state, *_ = task.step(params, opt_state, batch)
             operations += task.training_flops(tuple(used.values()))
             step += 1
         jax.block_until_ready(params)
@@ -236,7 +274,7 @@ def train(
             continue
         row: Row = {"part": "run", "task": task.name, "run": name, "seed": seed, "epoch": epoch + 1, "step": step}
         row |= {"parameters": parameters(task.sites, used), "gflop": operations / 1e9, "seconds": seconds}
-        yield row | {split: float(task.accuracy(params, batch)) for split, batch in task.splits.items()}
+        yield row | {split: float(task.accuracy(params, batch)) for split, batch in task.measured.items()}
 
 
 def final_rows(rows: list[Row], task: str) -> dict[str, list[Row]]:

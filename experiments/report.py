@@ -56,6 +56,7 @@ ITEMS = (
     Item("Table 5, time", "cost", "GPU days, TINY / GradMax: 0.13 / 0.12 and 0.28 / 0.26"),
     Item("Methods compared, digits", "compare", "no number"),
     Item("Methods compared, mnist5k", "compare", "no number"),
+    Item("Methods compared, digits, thin ResNet-18", "compare_resnet", "no number; see figure 5"),
     Item("LoRA ranks grown", "lora", "beyond the paper"),
     Item("Figure 5", "growth_curves", "test accuracy against parameters while growing, TINY above GradMax"),
     Item("Figure 6", "growth_curves", "at s = 1/64, Delta t = 1 TINY has converged when the growth ends, GradMax not"),
