@@ -199,6 +199,10 @@ CASES = {
         Case("statistics of two capacities to `merge`", lambda g: tinyjax.merge(g.statistics, tinyjax.estimate(
             loss_fn, *(lambda r: (r[0], g.batch, r[1]["w"]))(tinyjax.resize(g.params, g.sites, {"w": 9})))), "`merge` got statistics of different shapes"),
         Case("a negative fixed amplitude", lambda g: tinyjax.fixed(-1.0), "`gamma` must be >= 0"),
+        Case("`significant` without null draws", lambda g: tinyjax.significant(g.statistics), "ask .* for `null_draws=19`"),
+        Case("`energy` of a share above 1", lambda g: tinyjax.energy(g.statistics, share=1.5), r"`share` must be in \[0, 1\]"),
+        Case("a negative `fraction`", lambda g: tinyjax.fraction(g.statistics, share=-1.0), "`share` must be >= 0"),
+        Case("negative `null_draws`", lambda g: tinyjax.estimate(loss_fn, g.params, g.batch, g.site, null_draws=-1), "`null_draws` must be >= 0"),
         Case("an empty bracket", lambda g: tinyjax.line_search(lambda x: x, dtype=jnp.float64, bracket=(1.0, 1.0)), "0 < low < high"),
     ],
     "Schedules, optimizers, `fit`": [
@@ -206,6 +210,7 @@ CASES = {
         Case("no neurons a growth", lambda g: tinyjax.every(1, 0, final=4), "`neurons` must be at least 1"),
         Case("a fraction above 1", lambda g: tinyjax.early(10, 1, final=4, fraction=2.0), r"`fraction` must be in \(0, 1\]"),
         Case("more growths than steps", lambda g: tinyjax.early(10, 9, final=4), r"`events` must be in 1 \.\. 2"),
+        Case("a plateau over no losses", lambda g: tinyjax.plateau(tinyjax.every(1, 1, final=4), [], window=0), "`window` must be at least 1 loss"),
         Case("a schedule for an unknown site", lambda g: tinyjax.every(1, {"v": 1}, final=4)(0, {"w": 1}), "no site `v`"),
         Case("`reset_grown` without `with_birth`", lambda g: tinyjax.reset_grown(
             g.optimizer, g.optimizer.init(g.params), g.params, g.sites, g.info.born), "wrap the optimizer as `with_birth"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import compare
+from experiments import compare, compare_resnet
 from experiments.flops import flops
 
 
@@ -79,3 +79,16 @@ def test_the_fixed_twin_is_read_off_at_the_flops_of_the_grown_run():
     (finding,) = compare.findings(rows)
     assert "tiny0 90.50 ± 0.71 (minus fixed -5.00 ± 0.00; 2.5 GFLOP)" in finding.ours
     assert finding.verdict == f"below fixed by more than two standard errors: tiny0, {compare.EQUAL_FLOPS}"
+
+
+@pytest.mark.slow
+def test_a_resnet_is_compared_in_the_same_rows(tmp_path):
+    config = compare_resnet.PRESETS["smoke"]
+    rows = list(compare_resnet.measure(config))
+    assert [row["run"] for row in rows] == ["gradmax", "fixed", "fixed + dW*"]
+    assert len({row["step"] for row in rows}) == len({row["parameters"] for row in rows}) == 1
+    last = {row["run"]: row["gflop"] for row in rows}
+    assert last["fixed"] < last["gradmax"] and last["fixed"] < last["fixed + dW*"]
+    (finding,) = compare_resnet.EXPERIMENT.findings(rows)
+    assert finding.item == "Methods compared, digits, thin ResNet-18"
+    compare_resnet.EXPERIMENT.draw(rows).savefig(tmp_path / "figure.png")

@@ -330,3 +330,23 @@ def test_the_unit_of_the_loss_changes_nothing(scale):
         grown.append((forward(new, batch["x"]), info.written["1"], info.amplitude_update["1"] * c))
     assert grown[0][1] > 0 and grown[0][2] > 0
     chex.assert_trees_all_close(grown[0], grown[1], rtol=1e-6)
+
+
+def test_a_method_of_ones_own_is_one_function():
+    """Anything from statistics to neurons: here a neuron an output, which reads what its output is asked for."""
+
+    def one_each(statistics, *, num_neurons, key=None):
+        mean = tinyjax.moments(statistics)
+        asked = mean.cross_prev[:, :num_neurons]
+        return tinyjax.Neurons(asked, jnp.eye(num_neurons, mean.cross_prev.shape[1]), jnp.ones(num_neurons))
+
+    params, batch, sites = make(n=400)
+    grow_step = tinyjax.make_grow_step(loss_fn, sites[1], num_neurons=2, method=one_each, update=None, fill=None)
+    new, info = grow_step(params, batch)
+    assert int(info.written["1"]) == 2 and info.amplitude["1"] > 0
+    assert info.gain_achieved["1"] > 0 and loss_fn(new, batch) < loss_fn(params, batch)
+    statistics = tinyjax.estimate(loss_fn, params, batch, sites[1])
+    want = tinyjax.predicted_gain(tinyjax.moments(statistics), one_each(statistics, num_neurons=2))
+    assert np.isfinite(want) and np.isfinite(info.gain_predicted["1"]) and np.isfinite(info.gain_held_out["1"])
+    both = tinyjax.completed(one_each, tinyjax.random0)(statistics, num_neurons=2, key=jax.random.key(0))
+    np.testing.assert_allclose(both.alpha, one_each(statistics, num_neurons=2).alpha)

@@ -89,7 +89,7 @@ def test_the_default_gains_on_unseen_digits_whatever_the_size_of_the_batch():
             )
             best = int(np.argmax(grid))
             table.append((steps, share, float(default), float(grid[best]), float(ridge), float(GRID[best])))
-            print("steps %d  n/d %.1f  default %.4f  best %.4f  ridge %.3g  best ridge %.3g" % table[-1])
+            print("steps, n / D, gain of the default and the best, ridges:", *(f"{x:.3g}" for x in table[-1]))
     for steps, share, default, best, *_ in table:
         assert default >= max(0.0, 0.9 * best), (steps, share, default, best)
 

@@ -49,7 +49,8 @@ def test_held_out_score_of_every_ridge():
 
 
 def best_on_grid(scores):
-    return 10 ** max(EXPONENTS, key=lambda e: scores(10**e))
+    """Half of what is best for half of the samples."""
+    return 10 ** max(EXPONENTS, key=lambda e: scores(10**e)) / 2
 
 
 def test_held_out_update_is_the_best_of_the_grid():
@@ -83,7 +84,7 @@ def test_the_grid_is_extended_both_ways():
     rng = np.random.default_rng(0)
     opposite = noisy._replace(v=noisy.b @ rng.normal(size=(noisy.b.shape[1], 4)))
     opposite.v[1::2] *= -1  # what one half learns is wrong on the other: the larger the better
-    assert held_out_update(record(opposite)) == 1e4
+    assert held_out_update(record(opposite)) == 5e3
 
 
 def test_an_empty_half_decides_nothing():

@@ -1,9 +1,9 @@
 """Ridges chosen on held-out samples: fit on one half, score on the other, both ways.
 
 A fit with ridge r moves the pre-activations by X = (S + r diag S)^-1 N; on the other half it lowers the bottleneck by
-2 <N2, X> - <X, S2 X>. The best ridge is found by climbing from r = 1 uphill over half decades: with few outputs a
-ridge costs one Cholesky factor, so the four or five that a climb visits are cheaper than an `eigh`, which would give
-all of them.
+2 <N2, X> - <X, S2 X>. A fit to both halves then takes half the ridge. The best ridge is found by climbing from r = 1
+uphill over half decades: with few outputs a ridge costs one Cholesky factor, so the four or five that a climb visits
+are cheaper than an `eigh`, which would give all of them.
 """
 
 import dataclasses
@@ -45,8 +45,9 @@ class Fold(NamedTuple):
 def held_out_update(statistics: Statistics) -> Array:
     """The ridge of `best_update` whose update generalises best from one half of the samples to the other.
 
-    From 1 uphill in half decades to the nearest maximum, between 10^-8 and 10^4. With an empty half nothing can be
-    compared and the ridge is 1. A ridge chosen before by `with_ridges` is kept.
+    From 1 uphill in half decades to the nearest maximum, between 10^-8 and 10^4. Half of that is the ridge of a fit to
+    both halves: the best ridge falls as one over the number of samples. With an empty half nothing can be compared and
+    the ridge is 1. A ridge chosen before by `with_ridges` is kept.
 
     Example:
         >>> bool(tinyjax.held_out_update(statistics) > 0)
@@ -100,7 +101,7 @@ def with_ridges(statistics: Statistics) -> Statistics:
 
 
 def choose(statistics: Statistics, fold: Callable[[Moments, Moments], Fold]) -> Array:
-    """The ridge with the largest sum of held-out scores over both ways, uphill from 1.
+    """Half the ridge with the largest sum of held-out scores over both ways, uphill from 1.
 
     Args:
         statistics: both halves.
@@ -115,7 +116,8 @@ def choose(statistics: Statistics, fold: Callable[[Moments, Moments], Fold]) -> 
         halves = [half(statistics, i) for i in (0, 1)]
         fitted, other = (jax.tree.map(lambda *x: jnp.stack(x), *pair) for pair in (halves, halves[::-1]))
         folds = jax.lax.map(lambda both: fold(*both), (fitted, other))
-        return grid[_climb(lambda index: jnp.sum(jax.lax.map(lambda one: score(one, grid[index]), folds)), len(grid))]
+        best = _climb(lambda index: jnp.sum(jax.lax.map(lambda one: score(one, grid[index]), folds)), len(grid))
+        return grid[best] / 2  # chosen for half of the samples: a mean over all has half the variance
 
     # A branch, not a `where`: factoring is most of a growth's work on a wide layer.
     return jax.lax.cond(jnp.all(statistics.count > 0), decide, lambda: jnp.asarray(_UNDECIDED, grid.dtype))
