@@ -92,7 +92,8 @@ def choose(pair: Pair, sizes: Sizes, chunk: int | None) -> Way:
 def by_lags(pair: Pair, sizes: Sizes, chunk: int | None = None) -> Way:
     """Correlations at lags; `tinyjax.shifts.applies` says where."""
     plans = shifts.plans(pair.space, pair.producer, pair.consumer)
-    chunk = _chunk(sizes, chunk, shifts.temporaries(plans, sizes.channels, sizes.slots, linked=sizes.linked))
+    cost = shifts.work(plans, *sizes[1:4], linked=sizes.linked)
+    chunk = _chunk(sizes, chunk, cost.temporaries)
     bind = functools.partial
     return Way(
         consumer=bind(shifts.consumer_sums, plans, bias=pair.bias),
@@ -100,7 +101,7 @@ def by_lags(pair: Pair, sizes: Sizes, chunk: int | None = None) -> Way:
         producer=bind(shifts.producer_sums, plans, bias=pair.bias),
         producer_done=bind(shifts.producer_done, plans, bias_prev=pair.bias_prev, bias=pair.bias),
         chunk=chunk,
-        work=shifts.work(plans, *sizes[1:4], linked=sizes.linked, chunk=chunk),
+        work=cost.products + shifts.COPY * cost.temporaries + shifts.ADD * cost.sums / chunk,
     )
 
 
@@ -147,9 +148,9 @@ def _producer_sums(
     right = _flat(v)
     if h is not None:
         right = jnp.concatenate([right, _rows(h, pair.consumer, live, pair.bias)], axis=-1)
-    weighted = image * over_image(reads).astype(image.dtype)
+    weighted = _flat(image * np.sqrt(over_image(reads)).astype(image.dtype))  # a matrix times its own transpose: faster
     seen = patches(image, pair.consumer).reshape(len(right), -1, image.shape[-1])
-    return matmul(_flat(weighted).T, _flat(image)), jnp.einsum("nod,nq->odq", seen, right, precision="highest")
+    return matmul(weighted.T, weighted), jnp.einsum("nod,nq->odq", seen, right, precision="highest")
 
 
 def _producer_done(outputs: int, sums: tuple[Array, Array]) -> tuple[Array, Array, Array | None]:

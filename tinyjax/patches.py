@@ -7,7 +7,7 @@ over output pixels for every offset. No tensor that selects pixels is ever forme
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +117,12 @@ def conv_sums(
         goal = v.reshape(-1, v.shape[-1])
         return chosen.consumer(h, v, live), matmul(goal.T, goal) if energy_matrix else jnp.sum(goal**2)
 
+    def consumer_done(total: tuple[Any, Array]) -> tuple[tuple[Array, Array], Array]:
+        return chosen.consumer_done(total[0]), total[1]
+
+    def both_done(total: tuple[Any, Any]):
+        return consumer_done(total[0]), chosen.producer_done(total[1])
+
     def both(x: Array, h: Array, v: Array, live: Array):
         return consumer_part(x, h, v, live), chosen.producer(x, h, v, live)
 
@@ -129,27 +135,24 @@ def conv_sums(
 
     cross_asked = None
     if linked:
-        (consumed, energy), produced = _by_half(both, (x, h, v), chosen.chunk)
-        gram, cross = jax.vmap(chosen.consumer_done)(consumed)
+        ((gram, cross), energy), produced = _by_half(both, (x, h, v), chosen.chunk, both_done)
     elif signs is not None:
         raise ValueError("this site is too wide for null draws: its `link` would not fit")
     else:
-        consumed, energy = _by_half(consumer_part, (x, h, v), chosen.chunk)
-        gram, cross = jax.vmap(chosen.consumer_done)(consumed)
+        (gram, cross), energy = _by_half(consumer_part, (x, h, v), chosen.chunk, consumer_done)
         delta = project(gram.sum(0), cross.sum(0))
-        produced = _by_half(projected, (x, h, v), chosen.chunk)
-        _, cross_asked, _ = jax.vmap(chosen.producer_done)(_by_half(asked, (x, h, v), chosen.chunk))
+        produced = _by_half(projected, (x, h, v), chosen.chunk, chosen.producer_done)
+        _, cross_asked, _ = _by_half(asked, (x, h, v), chosen.chunk, chosen.producer_done)
         cross_asked = cross_asked.reshape(2, inputs, -1)
-    gram_prev, cross_prev, link = jax.vmap(chosen.producer_done)(produced)
+    gram_prev, cross_prev, link = produced
     identity = jnp.eye(offsets, dtype=dtype)
 
     def drawn(sign: Array) -> Null:
         """Twice the sums of the samples with sign 1, less the sums of all."""
         kept = (sign > 0).astype(dtype)
         only = (a * kept.reshape(-1, *[1] * (a.ndim - 1)) for a in (x, h, v))
-        (consumed, _), produced = _by_half(both, tuple(only), chosen.chunk, kept)
-        found_gram, found_cross = jax.vmap(chosen.consumer_done)(consumed)
-        _, found_prev, found_link = jax.vmap(chosen.producer_done)(produced)
+        ((found_gram, found_cross), _), produced = _by_half(both, tuple(only), chosen.chunk, both_done, kept)
+        _, found_prev, found_link = produced
         assert link is not None and found_link is not None, "the pair is linked"
         found = Null(found_prev, found_gram, found_cross, found_link)
         flipped = jax.tree.map(lambda a, b: 2 * a - b, found, Null(cross_prev, gram, cross, link))
@@ -181,7 +184,7 @@ def _offset_gram(pair: Pair, sizes: Sizes, arrays: tuple[Array, Array, Array], c
         seen = patches(producer_image(pair, x, live), pair.consumer).reshape(-1, rows)
         return matmul(seen.T, seen)
 
-    sums = _by_half(part, arrays, by_patches(pair, sizes, chunk).chunk)
+    sums = _by_half(part, arrays, by_patches(pair, sizes, chunk).chunk, lambda total: total)
     return sums.reshape(2, *2 * (num_offsets(pair.consumer), inputs))
 
 
@@ -223,8 +226,8 @@ def _residual(h: Array, v: Array, live: Array, delta: Array, pair: Pair) -> Arra
     return (v - move) * live.reshape(-1, *[1] * (v.ndim - 1))
 
 
-def _by_half(function: Callable, arrays: tuple[Array, ...], chunk: int, kept: Array | None = None):
-    """The sums of `function(*arrays, live)` over chunks of the even samples, and of the odd: axis 0 of every leaf.
+def _by_half(function: Callable, arrays: tuple[Array, ...], chunk: int, done: Callable, kept: Array | None = None):
+    """`done` of the sums of `function(*arrays, live)` over chunks of the even samples, and of the odd: axis 0 of leaves.
 
     Halves pass one after the other, so that chunks are as long as they can be. The last chunk is filled with zeros;
     `live` (chunk,) is 1 for samples (those of `kept` (n,) if given) and 0 for what fills.
@@ -241,10 +244,11 @@ def _by_half(function: Callable, arrays: tuple[Array, ...], chunk: int, kept: Ar
     def total(index: Array):
         half = [jax.lax.dynamic_index_in_dim(x, index, 2, keepdims=False) for x in cuts]
         if num_chunks == 1:
-            return function(*(x[0] for x in half))
+            return done(function(*(x[0] for x in half)))
         shapes = jax.eval_shape(function, *(x[0] for x in half))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(lambda sums, xs: (jax.tree.map(jnp.add, sums, function(*xs)), None), zeros, half)[0]
+        add = lambda sums, xs: (jax.tree.map(jnp.add, sums, function(*xs)), None)  # noqa: E731
+        return done(jax.lax.scan(add, zeros, half)[0])
 
     cuts = [cut(x) for x in (*arrays, jnp.ones(num_samples, arrays[0].dtype) if kept is None else kept)]
     return jax.lax.map(total, jnp.arange(2))

@@ -1,7 +1,6 @@
-"""The sums of a pair of convolutions by correlations at lags, see `tinyjax.correlations`, and when that is cheaper.
+"""The sums of a pair of convolutions by correlations along rows, see `tinyjax.correlations`, and what they cost.
 
-Nothing here repeats a pixel for each kernel offset that reads it. Constants (biases) need no correlations: sums of
-images over samples suffice.
+Constants (biases) need no correlations: sums of images over samples suffice.
 """
 
 from typing import NamedTuple
@@ -13,19 +12,18 @@ from jaxtyping import Array
 from tinyjax.correlations import (
     Plan,
     against_constant,
-    assemble,
     cross_plan,
     goal_plan,
     gram_plan,
     lag_sums,
+    lags,
     link_plan,
     products,
-    table_size,
 )
-from tinyjax.window import Window, num_offsets, out_shape, reads
+from tinyjax.window import Window, num_offsets, out_shape, patches, reads
 
 COPY = 16  # multiplications in the time that a number of a temporary takes to be written and read (measured)
-ADD = 64  # the same for a number of the table of correlations, read and written for every chunk (measured)
+ADD = 64  # the same for a sum, read and written for every chunk (measured)
 
 
 class Plans(NamedTuple):
@@ -38,7 +36,9 @@ class Plans(NamedTuple):
         gram: of G.
         cross: of M.
         reads: how often a pixel between the two is read, for each axis.
-        offsets: O.
+        producer: the columns of the producer's kernel.
+        consumer: the columns of the consumer's.
+        spread: which output pixels read a column between the two; offsets in reverse.
     """
 
     gram_prev: Plan
@@ -47,7 +47,23 @@ class Plans(NamedTuple):
     gram: Plan
     cross: Plan
     reads: tuple[np.ndarray, ...]
-    offsets: int
+    producer: Window
+    consumer: Window
+    spread: Window
+
+
+class Work(NamedTuple):
+    """What a sample costs.
+
+    Attributes:
+        products: multiplications.
+        temporaries: numbers written and read.
+        sums: numbers added to, once a chunk.
+    """
+
+    products: int
+    temporaries: int
+    sums: int
 
 
 def plans(space: tuple[int, ...], producer: Window, consumer: Window) -> Plans:
@@ -57,13 +73,15 @@ def plans(space: tuple[int, ...], producer: Window, consumer: Window) -> Plans:
     out = out_shape(middle, consumer)
     weights = reads(middle, consumer)
     return Plans(
-        gram_prev=gram_plan(space, producer, weights),
-        goal=goal_plan(space, producer, consumer),
-        link=link_plan(space, producer, consumer),
-        gram=gram_plan(middle, consumer, [np.ones(size, int) for size in out]),
-        cross=cross_plan(out, consumer),
+        gram_prev=gram_plan(space[0], producer, weights[0]),
+        goal=goal_plan(space[0], producer, consumer),
+        link=link_plan(space[0], producer, consumer),
+        gram=gram_plan(middle[0], consumer, np.ones(out[0], int)),
+        cross=cross_plan(out[0], consumer),
         reads=weights,
-        offsets=num_offsets(consumer),
+        producer=_columns(producer),
+        consumer=_columns(consumer),
+        spread=_reverse(_columns(consumer), middle[1], out[1]),
     )
 
 
@@ -72,15 +90,8 @@ def applies(producer: Window, consumer: Window) -> bool:
     return len(producer.size) in (1, 2) and set(producer.strides + consumer.strides) == {1}
 
 
-def temporaries(plans: Plans, channels: int, slots: int, *, linked: bool) -> int:
-    """Numbers a sample takes while it is summed: images repeated for each lag."""
-    seen = [(plans.gram_prev, channels), (plans.goal, channels), (plans.gram, slots), (plans.cross, slots)]
-    seen += [(plans.link, channels)] * linked
-    return sum(_lags(plan) * plan.rows.weights.shape[-1] * plan.columns.weights.shape[-1] * c for plan, c in seen)
-
-
-def work(plans: Plans, channels: int, slots: int, outputs: int, *, linked: bool, chunk: int) -> float:
-    """Multiplications for each sample, with what moving numbers costs instead.
+def work(plans: Plans, channels: int, slots: int, outputs: int, *, linked: bool) -> Work:
+    """What the sums cost.
 
     Args:
         plans: of the pair.
@@ -88,30 +99,31 @@ def work(plans: Plans, channels: int, slots: int, outputs: int, *, linked: bool,
         slots: channels of the consumer's input.
         outputs: of the consumer.
         linked: whether P is summed.
-        chunk: samples a pass.
     """
-    sums = [
-        (plans.gram_prev, channels * channels),
-        (plans.goal, outputs * channels),
-        (plans.gram, slots * slots),
-        (plans.cross, outputs * slots),
-    ] + [(plans.link, slots * channels)] * linked
-    total = sum((products(plan) + ADD * table_size(plan) / chunk) * each for plan, each in sums)
-    return total + COPY * temporaries(plans, channels, slots, linked=linked)
+    x, h = num_offsets(plans.producer) * channels, num_offsets(plans.consumer) * slots
+    v, linking = num_offsets(plans.consumer) * outputs, num_offsets(plans.consumer) * h
+    middle = len(plans.reads[1])
+    pairs = [(plans.gram_prev, x, x), (plans.goal, v, x), (plans.gram, h, h), (plans.cross, outputs, h)]
+    pairs += [(plans.link, linking, x)] * linked
+    rows = plans.goal.weights.shape[-1]
+    return Work(
+        products=sum(middle * products(plan) * a * b for plan, a, b in pairs),
+        temporaries=middle * rows * (sum(a + lags(plan) * b for plan, a, b in pairs)),
+        sums=sum(int(plan.summed.sum()) * a * b for plan, a, b in pairs),
+    )
 
 
 def consumer_sums(plans: Plans, h: Array, v: Array, live: Array, *, bias: bool) -> tuple:
     """What makes G and M: h (n, *space, C), v (n, *out, M), live (n,)."""
-    h, goal = _image(h), _goal(v, live, bias)
+    h, goal = patches(_image(h), plans.consumer), _goal(v, live, bias)
     return lag_sums(h, h, plans.gram), lag_sums(goal, h, plans.cross), jnp.sum(goal, axis=(0, 1, 2))
 
 
 def consumer_done(plans: Plans, raw: tuple, *, bias: bool) -> tuple[Array, Array]:
     """G (H, H) and M (H, M) from the total of `consumer_sums`."""
-    gram_raw, cross_raw, total = raw
-    gram = _gram(gram_raw, plans.gram)
-    cross = assemble(cross_raw, plans.cross)  # (o, o, M [+ 1], C)
-    cross = jnp.swapaxes(cross, 2, 3).reshape(len(gram), -1)
+    gram_terms, cross, total = raw
+    gram = _gram(gram_terms, plans.gram)
+    cross = jnp.swapaxes(cross, 1, 2).reshape(len(gram), -1)  # from (o, M [+ 1], (o, C))
     if not bias:
         return gram, cross
     return _bordered(gram, cross[:, -1], total[-1]), jnp.concatenate([cross[:, :-1], total[None, :-1]])
@@ -119,48 +131,50 @@ def consumer_done(plans: Plans, raw: tuple, *, bias: bool) -> tuple[Array, Array
 
 def producer_sums(plans: Plans, x: Array, h: Array | None, v: Array, live: Array, *, bias: bool) -> tuple:
     """What makes S, N~ and, if `h` is given, P: x (n, *space0, C_in), the rest as in `consumer_sums`."""
-    x, goal = _image(x), _goal(v, live, bias and h is not None)
-    linked = None if h is None else (lag_sums(_image(h), x, plans.link), jnp.sum(_image(h), axis=0))
-    sums = lag_sums(x, x, plans.gram_prev), lag_sums(goal, x, plans.goal)
-    return *sums, linked, jnp.sum(x, axis=0), jnp.sum(goal, axis=0), jnp.sum(live)
+    goal = _spread(_goal(v, live, bias and h is not None), plans)
+    x = patches(_image(x), plans.producer)
+    root = np.sqrt(plans.reads[1])[:, None].astype(x.dtype)
+    weighted = x * root
+    sums = lag_sums(weighted, weighted, plans.gram_prev), lag_sums(goal, x, plans.goal)
+    linked = None
+    if h is not None:
+        h = _spread(patches(_image(h), plans.consumer), plans)
+        linked = lag_sums(h, x, plans.link), jnp.sum(h, axis=(0, 2))
+    return *sums, linked, jnp.sum(weighted * root, axis=(0, 2)), jnp.sum(goal, axis=(0, 2)), jnp.sum(live)
 
 
 def producer_done(plans: Plans, raw: tuple, *, bias_prev: bool, bias: bool) -> tuple[Array, Array, Array | None]:
     """S without r (D, D), N~ (D, M, O) and P (O, D, H) from the total of `producer_sums`."""
-    gram_raw, goal_raw, linked, x, goal, count = raw
-    gram = _gram(gram_raw, plans.gram_prev)
-    cross = assemble(goal_raw, plans.goal).transpose(0, 2, 5, 4, 1, 3)  # (k, k, C_in, M [+ 1], o, o)
-    cross = cross.reshape(len(gram), goal.shape[-1], plans.offsets)
+    gram_terms, goal_terms, linked, x, goal, count = raw
+    gram, (k, o) = _gram(gram_terms, plans.gram_prev), plans.goal.lags.shape
+    columns = num_offsets(plans.spread)
+    cross = goal_terms.reshape(k, o, columns, -1, goal_terms.shape[-1])[:, :, ::-1]
+    cross = cross.transpose(0, 4, 3, 1, 2).reshape(len(gram), -1, o * columns)  # ((k, k, C_in), M [+ 1], (o, o))
     if bias_prev:
-        constant = against_constant(x, plans.gram_prev, lambda weights: weights[:, 0])
+        constant = against_constant(x, plans.gram_prev.weights[:, 0])
         times = int(np.prod([np.sum(axis) for axis in plans.reads]))
         gram = _bordered(gram, constant.reshape(-1), times * count)
-        constant = against_constant(goal, plans.goal, lambda weights: weights[0])  # (o, o, M [+ 1])
-        cross = jnp.concatenate([cross, constant.reshape(1, plans.offsets, -1).swapaxes(1, 2)])
+        constant = against_constant(goal, plans.goal.weights[0]).reshape(o, columns, -1)[:, ::-1]
+        cross = jnp.concatenate([cross, constant.reshape(1, o * columns, -1).swapaxes(1, 2)])
     if linked is None:
         return gram, cross, None
-    link_raw, h = linked
-    link = assemble(link_raw, plans.link).transpose(0, 3, 1, 4, 7, 2, 5, 6)  # (o, o, k, k, C_in, o', o', C)
-    link = link.reshape(plans.offsets, -1, plans.offsets * h.shape[-1])
+    link_terms, h = linked
+    link = link_terms.reshape(o, k, o, columns, -1, link_terms.shape[-1])  # (o, k, o', o, (o', C), (k, C_in))
+    link = link[:, :, :, ::-1].transpose(0, 3, 1, 5, 2, 4).reshape(o * columns, gram_terms.shape[-1] * k, -1)
     if bias_prev:
-        constant = against_constant(h, plans.link, lambda weights: weights[:, 0]).transpose(0, 2, 1, 3, 4)
-        link = jnp.concatenate([link, constant.reshape(plans.offsets, 1, -1)], axis=1)
+        constant = against_constant(h, plans.link.weights[:, 0]).reshape(o, o, columns, -1)[:, :, ::-1]
+        link = jnp.concatenate([link, constant.swapaxes(1, 2).reshape(o * columns, 1, -1)], axis=1)
     if bias:
         link = jnp.concatenate([link, cross[:, -1:].transpose(2, 0, 1)], axis=2)
         cross = cross[:, :-1]
     return gram, cross, link
 
 
-def _lags(plan: Plan) -> int:
-    return len(plan.rows.distinct) * len(plan.columns.distinct)
-
-
-def _gram(raw: tuple, plan: Plan) -> Array:
-    """The Gram matrix of patches; blocks of negative lag are transposes of those that were summed."""
-    terms = assemble(raw, plan)  # (k, k', k, k', C, C)
-    upper = terms.transpose(0, 2, 4, 1, 3, 5).reshape(terms.shape[0] * terms.shape[2] * terms.shape[4], -1)
-    row = np.repeat(np.arange(len(terms)), len(upper) // len(terms))
-    return jnp.where(jnp.asarray(plan.rows.lags[row[:, None], row] >= 0), upper, upper.T)
+def _gram(terms: Array, plan: Plan) -> Array:
+    """The Gram matrix of patches; a block that was not summed is the transpose of its mirror image."""
+    found = {tuple(at): term for at, term in zip(np.argwhere(plan.summed).tolist(), terms)}
+    size = range(len(plan.summed))
+    return jnp.block([[found[i, j] if (i, j) in found else found[j, i].T for j in size] for i in size])
 
 
 def _bordered(gram: Array, column: Array, corner: Array) -> Array:
@@ -176,6 +190,11 @@ def _goal(v: Array, live: Array, constant: bool) -> Array:
     return jnp.concatenate([v, ones], axis=-1)
 
 
+def _spread(image: Array, plans: Plans) -> Array:
+    """The output pixels that read each column between the two, (n, rows, columns, (o, channels)), last offset first."""
+    return patches(image, plans.spread)
+
+
 def _image(x: Array) -> Array:
     """(n, *space, C) with two spatial axes."""
     return x if x.ndim == 4 else x[:, :, None]
@@ -184,3 +203,15 @@ def _image(x: Array) -> Array:
 def _on_two_axes(window: Window) -> Window:
     size, strides, padding, dilation = window
     return Window((*size, 1)[:2], (*strides, 1)[:2], (*padding, (0, 0))[:2], (*dilation, 1)[:2])
+
+
+def _columns(window: Window) -> Window:
+    """The window along the columns alone."""
+    return Window((1, window.size[1]), (1, 1), ((0, 0), window.padding[1]), (1, window.dilation[1]))
+
+
+def _reverse(window: Window, read: int, outputs: int) -> Window:
+    """The window through which a column that is read sees the outputs that read it."""
+    reach = (window.size[1] - 1) * window.dilation[1]
+    before = reach - window.padding[1][0]
+    return window._replace(padding=((0, 0), (before, read + reach - before - outputs)))
