@@ -73,10 +73,13 @@ def lag_sums(a: Array, b: Array, plan: Plan) -> Array:
         (summed terms, A, B).
     """
     lags, weights = plan.lags[plan.summed], plan.weights[plan.summed]
-    whole = {int(lag): matmul(_flat(a).T, _flat(_shifted(b, int(lag), a.shape[1]))) for lag in np.unique(lags)}
+    distinct = np.unique(lags)
+    shifted = jnp.stack([_shifted(b, int(lag), a.shape[1]) for lag in distinct], axis=3)
+    whole = matmul(_flat(a).T, shifted.reshape(-1, len(distinct) * b.shape[-1]))
+    whole = whole.reshape(a.shape[-1], len(distinct), -1)
     terms = []
     for lag, weight in zip(lags, weights):
-        term = _centre(weight) * whole[int(lag)]
+        term = _centre(weight) * whole[:, np.searchsorted(distinct, lag)]
         border = np.array([q for q in _border(weight) if 0 <= q + lag < b.shape[1]], int)
         if len(border):
             deviation = (weight - _centre(weight))[border, None, None].astype(a.dtype)
@@ -111,10 +114,13 @@ def lags(plan: Plan) -> int:
 
 def _sizes(rows: int, producer: Window, consumer: Window) -> tuple[int, int]:
     """Rows between the two convolutions and behind them."""
-    producer, consumer = (Window(*(entry[:1] for entry in window)) for window in (producer, consumer))
-    (middle,) = out_shape((rows,), producer)
-    (out,) = out_shape((middle,), consumer)
+    (middle,) = out_shape((rows,), _first_axis(producer))
+    (out,) = out_shape((middle,), _first_axis(consumer))
     return middle, out
+
+
+def _first_axis(window: Window) -> Window:
+    return Window(window.size[:1], window.strides[:1], window.padding[:1], window.dilation[:1])
 
 
 def _offsets(window: Window, place: int, places: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from tinyjax.linalg import matmul
 from tinyjax.window import Window, num_offsets, out_shape, over_image, patches, pool_mean, reads
 
 _ENTRIES = 2**23  # temporary numbers a chunk may hold
-_WORTH = 2**30  # multiplications to save by a program that takes seconds more to compile
+_WORTH = 2**28  # multiplications to save by a program that takes seconds more to compile
 
 
 class Pair(NamedTuple):

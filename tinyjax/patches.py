@@ -227,10 +227,10 @@ def _residual(h: Array, v: Array, live: Array, delta: Array, pair: Pair) -> Arra
 
 
 def _by_half(function: Callable, arrays: tuple[Array, ...], chunk: int, done: Callable, kept: Array | None = None):
-    """`done` of the sums of `function(*arrays, live)` over chunks of the even samples, and of the odd: axis 0 of leaves.
+    """`done` of the sums of `function(*arrays, live)` over chunks of the even samples, and of the odd.
 
-    Halves pass one after the other, so that chunks are as long as they can be. The last chunk is filled with zeros;
-    `live` (chunk,) is 1 for samples (those of `kept` (n,) if given) and 0 for what fills.
+    Axis 0 of every leaf is the half. Halves pass one after the other, so that chunks are as long as they can be. The
+    last chunk is filled with zeros; `live` (chunk,) is 1 for samples (those of `kept` (n,) if given) and 0 for what fills.
     """
     num_samples = len(arrays[0])
     pairs = -(-num_samples // 2)
