@@ -230,7 +230,7 @@ def _by_half(function: Callable, arrays: tuple[Array, ...], chunk: int, done: Ca
     """`done` of the sums of `function(*arrays, live)` over chunks of the even samples, and of the odd.
 
     Axis 0 of every leaf is the half. Halves pass one after the other, so that chunks are as long as they can be. The
-    last chunk is filled with zeros; `live` (chunk,) is 1 for samples (those of `kept` (n,) if given) and 0 for what fills.
+    last chunk is filled with zeros; `live` (chunk,) is 1 for samples (those of `kept` (n,) if given), 0 for what fills.
     """
     num_samples = len(arrays[0])
     pairs = -(-num_samples // 2)
