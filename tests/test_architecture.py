@@ -8,18 +8,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tinyjax"
 LEVELS = [
     # What knows nothing else of the library.
-    ["layout", "linalg", "atoms", "info", "statistics", "data", "models", "plot", "window"],
-    ["site", "trace", "methods", "correlations"],
-    ["rules", "wiring", "slots", "scaling", "schedule", "costs", "shifts"],
-    ["axes", "brakes", "surgery", "pair"],
-    ["uses", "separable", "averaging", "optimizer", "patches", "twins"],
+    ["layout", "linalg", "atoms", "info", "data", "models", "plot", "window"],
+    ["site", "trace", "spectra", "correlations"],
+    ["rules", "wiring", "slots", "statistics", "schedule", "costs", "shifts"],
+    ["axes", "brakes", "surgery", "pair", "methods"],
+    ["uses", "separable", "averaging", "optimizer", "patches", "twins", "scaling"],
     ["capture", "flow", "geometry"],
-    ["norms", "dimensions", "rowweights", "gating", "tangent"],
+    ["norms", "dimensions", "rowweights", "gating", "tangent", "along"],
     ["judging"],
     ["sites", "sums"],
     ["gates"],
     ["estimate", "births", "moves"],
-    ["growing", "diagnosis"],
+    ["parts", "diagnosis"],
+    ["growing", "inputs"],
     ["growth"],
     ["checkpoint", "ranking"],
     ["edges"],
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "orbax": {"checkpoint"},
 }
 SEES_NO_NETWORK = {
-    "methods": {"linalg", "statistics"},
+    "methods": {"linalg", "spectra", "statistics"},
     "scaling": {"methods", "statistics"},
     "schedule": set(),
     "brakes": {"schedule"},

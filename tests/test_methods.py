@@ -21,7 +21,7 @@ from tinyjax.methods import (
     tiny,
     tiny0,
 )
-from tinyjax.methods.ridge import Fold, score
+from tinyjax.methods.ridge import Fold
 from tinyjax.statistics import half, keep_half, moments
 
 noisy = make_samples(0, n=40, inputs=8, slots=6, live=6, signal=2.0)
@@ -43,7 +43,7 @@ def test_held_out_score_of_every_ridge():
     b, b_test, v, v_test = noisy.b[::2], noisy.b[1::2], noisy.v[::2], noisy.v[1::2]
     a, t = half(record(noisy), 0), half(record(noisy), 1)
     fold = Fold(a.gram, a.cross, jnp.diagonal(a.gram), t.gram, t.cross)
-    got = [jax.jit(score)(fold, jnp.asarray(ridge)) for ridge in ridges]
+    got = [jax.jit(Fold.score)(fold, jnp.asarray(ridge)) for ridge in ridges]
     want = [oracles.held_out_score(b, v, b_test, v_test, ridge) for ridge in ridges]
     np.testing.assert_allclose(got, want, atol=1e-9)
 

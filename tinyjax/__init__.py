@@ -53,6 +53,8 @@ from tinyjax.growth import make_grow_step as make_grow_step
 from tinyjax.info import GrowthInfo as GrowthInfo
 from tinyjax.info import Status as Status
 from tinyjax.info import check as check
+from tinyjax.inputs import Inputs as Inputs
+from tinyjax.inputs import decompose_inputs as decompose_inputs
 from tinyjax.methods import Bottleneck as Bottleneck
 from tinyjax.methods import ConvGains as ConvGains
 from tinyjax.methods import Neurons as Neurons

@@ -104,8 +104,8 @@ def estimate(
             its position among all samples alone. Costs about R times N and P.
         num_gates: how many gates to look for at a site of gated units, in a pass of their own over at most
             `DEFAULT_CHUNK` samples: as many as neurons are to be added. For all such sites or by name.
-        chunk: samples a pass, even; default `DEFAULT_CHUNK`, or the whole batch where the loss couples its samples: one
-            capture then, in which only the sums over patches pass by chunks.
+        chunk: samples a pass, even; default at most `DEFAULT_CHUNK`, or the whole batch where the loss couples its
+            samples: one capture then, in which only the sums over patches pass by chunks.
         micro_batch: makes the loss the mean of the losses of so many samples at a time (even; the last may be fewer),
             as accumulated gradients do: a batch normalisation sees a micro-batch, and memory does not grow with the
             batch. A remainder is compiled on its own.
@@ -174,7 +174,8 @@ def estimate_batch(
         raise ValueError(f"`chunk` must be an even number of samples, got {chunk}")
     if micro_batch is not None:
         _check_micro_batch(micro_batch, chunk)
-    size = min(micro_batch or chunk or DEFAULT_CHUNK, num_samples)
+    even = 2 * -(-num_samples // (2 * num_chunks(num_samples)))  # chunks as equal as can be
+    size = min(micro_batch or chunk or even, num_samples)
     gated = Sites(site for site in sites if site.gate is not None)
     some = take_samples(batch, 0, min(DEFAULT_CHUNK, num_samples))
     gates = search_gates(loss_fn, params, some, gated, per_site(sites, num_gates), has_aux=has_aux) if gated else {}
@@ -191,6 +192,11 @@ def estimate_batch(
             return _in_chunks(step, traced, discovery, params, batch, num_samples, size, first)
     traced = trace(loss_fn, params, batch, has_aux=has_aux)
     return step(traced, discover(traced), params, batch, first)
+
+
+def num_chunks(num_samples: int) -> int:
+    """How many passes of at most `DEFAULT_CHUNK` samples a batch takes."""
+    return -(-num_samples // DEFAULT_CHUNK)
 
 
 def _check_micro_batch(micro_batch: int, chunk: int | None) -> None:

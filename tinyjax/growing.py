@@ -4,7 +4,7 @@ Best update at its amplitude, neurons at theirs, filler for the slots left empty
 whole batch does not rise. Everything is selected by `where`, so that one program serves every outcome.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.along import loss_along
 from tinyjax.births import identity_at_birth, response_moments
 from tinyjax.info import Status
-from tinyjax.judging import Path
-from tinyjax.layout import Params
+from tinyjax.layout import Params, named_leaves
 from tinyjax.linalg import inner
 from tinyjax.methods import (
     Effect,
@@ -28,12 +28,12 @@ from tinyjax.methods import (
     update_gain,
     with_ridges,
 )
-from tinyjax.scaling import LineSearch
-from tinyjax.site import Site
+from tinyjax.parts import Parts
+from tinyjax.scaling import LineSearch, searches
+from tinyjax.site import Kernel, Site
 from tinyjax.slots import free_slots, width
 from tinyjax.statistics import Statistics, half, keep_halves, moments
 from tinyjax.surgery import add_update, write
-from tinyjax.trace import Trace
 
 Update = Callable[[Statistics], Array]
 Amplitude = Callable[..., LineSearch]
@@ -63,22 +63,6 @@ class Slopes(NamedTuple):
     neurons: Array
 
 
-class Parts(NamedTuple):
-    """A batch and its parts: statistics on three quarters, line searches on the last, acceptance on all.
-
-    Attributes:
-        estimation: the first three quarters.
-        search: the last quarter.
-        whole: all.
-        normalised: the loss traced on the whole batch, and its paths by site name; None where no site is normalised.
-    """
-
-    estimation: Any
-    search: Any
-    whole: Any
-    normalised: tuple[Trace, Mapping[str, Path]] | None = None
-
-
 def grow_site(
     recipe: Recipe,
     site: Site,
@@ -93,7 +77,7 @@ def grow_site(
     key: Array | None,
 ) -> tuple[Params, dict[str, Array]]:
     """Update, neurons and filler at one site; `squares` where S is only a bound of them, see `tinyjax.moves`."""
-    start, free = params, jnp.sum(free_slots(params, site))
+    start, free = params, jnp.sum(free_slots(params, site), dtype=jnp.int32)
     over_layers = map_layers(site)
     layer_keys = None if key is None else _split_over(site, jax.random.fold_in(key, 0))
 
@@ -109,8 +93,15 @@ def grow_site(
         signed = neurons._replace(alpha=jnp.sign(gamma) * neurons.alpha, omega=jnp.sign(gamma) * neurons.omega)
         return write(params, site, signed, amplitude=jnp.abs(gamma), limit=wanted, birth=norm_at(gamma))
 
+    # Fan-in and fan-out grow with the signed root of the amplitude; a delta and a normalisation do not.
+    straight = _leaves(site.producers if neurons.delta is not None else (*site.producers, *site.consumers))
+    loss_at = _loss_along(
+        recipe, recipe.amplitude, parts, params, lambda root: grown(jnp.sign(root) * root**2)[0], straight
+    )
     found = recipe.amplitude(
-        lambda gamma: recipe.loss(grown(gamma)[0], parts.search), dtype=neurons.alpha.dtype, unit=unit(slopes.neurons)
+        lambda gamma: loss_at(jnp.sign(gamma) * jnp.sqrt(jnp.abs(gamma))),
+        dtype=neurons.alpha.dtype,
+        unit=unit(slopes.neurons),
     )
     candidate, born = grown(found.amplitude)
     loss_grown = recipe.loss(candidate, parts.whole)
@@ -129,7 +120,9 @@ def grow_site(
     total = jnp.sum(born, dtype=jnp.int32)
 
     finites = dict(
-        finite_loss=jnp.isfinite(loss_before), finite_statistics=_finite(statistics), finite_update=_finite(params)
+        finite_loss=jnp.isfinite(loss_before),
+        finite_statistics=_is_finite(statistics),
+        finite_update=_finite([new for new, old in zip(*map(jax.tree.leaves, (params, start))) if new is not old]),
     )
     finite = jnp.all(jnp.array(list(finites.values())))
     status = _first_true(
@@ -149,7 +142,7 @@ def grow_site(
         written=jnp.where(finite, written, 0),
         filled=jnp.where(finite, total - written, 0),
         born=born,
-        width=width(params, site),
+        width=site.capacity - free + jnp.where(finite, total, 0),
         loss_before=loss_before,
         loss_after=jnp.where(finite, loss_after, loss_before),
         **finites,
@@ -183,13 +176,33 @@ def _updated(
     if delta is None:
         return params, jnp.zeros((), loss_before.dtype), loss_before
     moved = partial(add_update, params, site, delta)
-    found = recipe.update_amplitude(
-        lambda gamma: recipe.loss(moved(amplitude=gamma), parts.search), dtype=delta.dtype, unit=unit
-    )
+    straight = _leaves(site.consumers)
+    loss_at = _loss_along(recipe, recipe.update_amplitude, parts, params, lambda c: moved(amplitude=c), straight)
+    found = recipe.update_amplitude(loss_at, dtype=delta.dtype, unit=unit)
     candidate = moved(amplitude=found.amplitude)
     loss = recipe.loss(candidate, parts.whole)
     kept = loss <= loss_before
     return _select(kept, candidate, params), jnp.where(kept, found.amplitude, 0), jnp.where(kept, loss, loss_before)
+
+
+def _leaves(kernels: Sequence[Kernel]) -> set[str]:
+    """The leaves of kernels and of their biases."""
+    return {layout.leaf for kernel in kernels for layout in (kernel.layout, kernel.bias) if layout is not None}
+
+
+def _loss_along(
+    recipe: Recipe,
+    rule: Amplitude,
+    parts: Parts,
+    params: Params,
+    path: Callable[[Array], Params],
+    straight: set[str],
+) -> Callable[[Array], Array]:
+    """The loss of the search samples along a path, on which the leaves in `straight` move in proportion."""
+    if not searches(rule):  # it will not ask: prepare nothing
+        return lambda c: recipe.loss(path(c), parts.search)
+    positions = {i for i, name in enumerate(named_leaves(params)) if name in straight}
+    return loss_along(parts.traced, params, parts.search, path, positions)
 
 
 def _fit(
@@ -313,6 +326,12 @@ def _select(keep: Array, new: Params, old: Params) -> Params:
 def _finite(tree: Any) -> Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _is_finite(statistics: Statistics) -> Array:
+    """Whether all sums are: no entry of a cross moment is larger than the squares that bound it."""
+    grams = [jnp.diagonal(gram, axis1=-2, axis2=-1) for gram in (statistics.gram_prev, statistics.gram)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in (*grams, statistics.energy)]))
 
 
 def _has_inputs(statistics: Statistics) -> Array:

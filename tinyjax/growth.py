@@ -16,9 +16,10 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from tinyjax.averaging import require_mean
-from tinyjax.estimate import estimate_batch, take_samples
-from tinyjax.growing import Amplitude, Parts, Recipe, Update, grow_site, map_layers, skip_site
+from tinyjax.estimate import estimate_batch
+from tinyjax.growing import Amplitude, Recipe, Update, grow_site, map_layers, skip_site
 from tinyjax.info import GrowthInfo, check
+from tinyjax.inputs import Inputs
 from tinyjax.layout import Params
 from tinyjax.methods import (
     HowMany,
@@ -33,6 +34,7 @@ from tinyjax.methods import (
 )
 from tinyjax.moves import bounded_squares
 from tinyjax.optimizer import reset_grown
+from tinyjax.parts import Parts, split_batch
 from tinyjax.scaling import fixed, line_search, searches, trusted_search
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import discover
@@ -40,9 +42,6 @@ from tinyjax.slots import require_growable
 from tinyjax.statistics import Statistics
 from tinyjax.surgery import Trainable, everything
 from tinyjax.trace import batch_size, trace
-
-FEWEST = 8
-"""Samples that a growth needs at least."""
 
 Orient = Callable[..., Neurons]
 held_out_best_update = partial(best_update, ridge=held_out_update)
@@ -102,10 +101,11 @@ def make_grow_step(
         null_draws: give `how_many` sign-flipped sums, see `estimate`.
 
     Returns:
-        `params, info = grow_step(params, batch, key=None, neurons=None)`, or with an optimizer
-        `params, opt_state, info = grow_step(params, batch, opt_state, key=None, neurons=None)`. `neurons` is an int a
-        site (traced or not; one for all or by name), 0 skips the site. Without `key` the filler's key is derived from
-        the loss and the widths. Called outside of a trace it is jitted and passes `info` to `check`.
+        `params, info = grow_step(params, batch, key=None, neurons=None, inputs=None)`, or with an optimizer
+        `params, opt_state, info = grow_step(params, batch, opt_state, key=None, neurons=None, inputs=None)`. `neurons`
+        is an int a site (traced or not; one for all or by name), 0 skips the site. Without `key` the filler's key is
+        derived from the loss and the widths. `inputs` is what `decompose_inputs` found on this very batch. Called
+        outside of a trace it is jitted and passes `info` to `check`.
 
     Raises:
         ValueError: a site that cannot grow, `num_neurons` below 1 or beyond the capacity, a line search with a method
@@ -125,7 +125,7 @@ def make_grow_step(
 
     recipe = Recipe(loss_fn, has_aux, method, update, amplitude, update_amplitude, fill, orient)
 
-    def statistics_of(params: Params, batch: Any) -> dict[str, Statistics]:
+    def statistics_of(params: Params, batch: Any, inputs: Mapping[str, Inputs]) -> dict[str, Statistics]:
         found = estimate_batch(
             loss_fn,
             params,
@@ -138,7 +138,7 @@ def make_grow_step(
             null_draws=null_draws,
             num_gates=counts,
         )
-        return found.statistics
+        return {name: _with_inputs(name, s, inputs.get(name)) for name, s in found.statistics.items()}
 
     def squares_of(params: Params, batch: Any) -> dict[str, Squares]:
         return bounded_squares(loss_fn, params, batch, sites, has_aux=has_aux)
@@ -153,18 +153,21 @@ def make_grow_step(
         return jnp.minimum(wanted, most)
 
     def grow(
-        params: Params, batch: Any, opt_state: Any, key: Array | None, neurons: Mapping[str, Array]
+        params: Params,
+        batch: Any,
+        opt_state: Any,
+        key: Array | None,
+        neurons: Mapping[str, Array],
+        inputs: Mapping[str, Inputs],
     ) -> tuple[Any, ...]:
-        parts = split_batch(batch)
-        require_mean(loss_fn, params, parts.estimation, parts.search, has_aux=has_aux)
-        parts = _with_paths(parts, loss_fn, params, sites, has_aux)
-        found = statistics_of(params, parts.estimation)
+        parts = _parts(loss_fn, params, batch, sites, has_aux)
+        found = statistics_of(params, parts.estimation, inputs)
         squares = squares_of(params, parts.estimation)
         current = recipe.loss(params, parts.whole)
         rows = {}
         for index, site in enumerate(sites):
             if refresh and index:
-                found = statistics_of(params, parts.estimation)
+                found = statistics_of(params, parts.estimation, inputs)
                 squares = squares_of(params, parts.estimation)
             site_key = None if key is None else jax.random.fold_in(key, index)
             exact = squares.get(site.name)
@@ -182,12 +185,14 @@ def make_grow_step(
 
     compiled = jax.jit(grow)
 
-    def run(params: Params, batch: Any, opt_state: Any, key: Array | None, neurons: Any) -> tuple[Any, ...]:
+    def run(
+        params: Params, batch: Any, opt_state: Any, key: Array | None, neurons: Any, inputs: Mapping[str, Inputs] | None
+    ) -> tuple[Any, ...]:
         wanted = counts if neurons is None else {name: 0 for name in sites.names} | _by_name(sites, neurons, "neurons")
         _check_wanted(wanted, counts)
         batch_size(batch)
         result = compiled(
-            params, batch, opt_state, key, {name: jnp.asarray(k, jnp.int32) for name, k in wanted.items()}
+            params, batch, opt_state, key, {name: jnp.asarray(k, jnp.int32) for name, k in wanted.items()}, inputs or {}
         )
         if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(result)):
             check(result[-1])
@@ -195,41 +200,42 @@ def make_grow_step(
 
     if optimizer is None:
 
-        def grow_step(params: Params, batch: Any, key: Array | None = None, neurons: Any = None) -> Any:
-            return run(params, batch, None, key, neurons)
+        def grow_step(
+            params: Params, batch: Any, key: Array | None = None, neurons: Any = None, inputs: Any = None
+        ) -> Any:
+            return run(params, batch, None, key, neurons, inputs)
 
         return grow_step
 
     def grow_step_with_optimizer(
-        params: Params, batch: Any, opt_state: Any, key: Array | None = None, neurons: Any = None
+        params: Params, batch: Any, opt_state: Any, key: Array | None = None, neurons: Any = None, inputs: Any = None
     ) -> Any:
-        return run(params, batch, opt_state, key, neurons)
+        return run(params, batch, opt_state, key, neurons, inputs)
 
     return grow_step_with_optimizer
 
 
-def _with_paths(parts: Parts, loss_fn: Callable[..., Any], params: Params, sites: Sites, has_aux: bool) -> Parts:
-    """The parts with what births under a normalisation need: the traced loss, and the way through each such site."""
+def _with_inputs(name: str, statistics: Statistics, inputs: Inputs | None) -> Statistics:
+    """The statistics with what is known of their S; XLA then drops the sum that nothing uses."""
+    if inputs is None:
+        return statistics
+    if inputs.gram_prev.shape != statistics.gram_prev.shape:
+        raise ValueError(
+            f"`inputs` of site `{name}` has S of shape {inputs.gram_prev.shape}, the site has "
+            f"{statistics.gram_prev.shape}: call `decompose_inputs` again with these sites and this batch"
+        )
+    return dataclasses.replace(statistics, gram_prev=inputs.gram_prev, spectra=inputs.spectra)
+
+
+def _parts(loss_fn: Callable[..., Any], params: Params, batch: Any, sites: Sites, has_aux: bool) -> Parts:
+    """The parts of the batch, with what searches and births under a normalisation need of the traced loss."""
+    estimation, search = split_batch(batch)
+    require_mean(loss_fn, params, estimation, search, has_aux=has_aux)
+    parts = Parts(estimation, search, batch, trace(loss_fn, params, search, has_aux=has_aux))
     if not any(site.norm is not None for site in sites):
         return parts
-    traced = trace(loss_fn, params, parts.whole, has_aux=has_aux)
-    return parts._replace(normalised=(traced, {name: paths[0] for name, paths in discover(traced).paths.items()}))
-
-
-def split_batch(batch: Any) -> Parts:
-    """Three quarters for statistics, the last quarter for line searches, and the whole.
-
-    Raises:
-        ValueError: fewer than `FEWEST` samples.
-    """
-    num_samples = batch_size(batch)
-    if num_samples < FEWEST:
-        raise ValueError(
-            f"a growth needs at least {FEWEST} samples (statistics on 3/4, line search on 1/4), got {num_samples}"
-        )
-    cut = num_samples - num_samples // 4
-
-    return Parts(take_samples(batch, 0, cut), take_samples(batch, cut, num_samples), batch)
+    whole = trace(loss_fn, params, batch, has_aux=has_aux)
+    return parts._replace(normalised=(whole, {name: paths[0] for name, paths in discover(whole).paths.items()}))
 
 
 def _by_name(sites: Sites, value: Any, what: str) -> dict[str, Any]:

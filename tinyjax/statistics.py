@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.spectra import Spectra, Spectrum
+
 _SUMS = (
     "count",
     "gram_prev",
@@ -87,6 +89,7 @@ class Statistics:
             blocks side by side, b_prev = [g(beta_c' x) x for every gate beta_c], and `weight_prev` has the rows of one.
             None elsewhere.
         heads: how many heads the slots come in, None without.
+        spectra: of `gram_prev`, where it is known from earlier growths on the same samples; else None.
     """
 
     count: Array
@@ -108,11 +111,15 @@ class Statistics:
     null: Null | None = None
     offset_gram: Array | None = None
     gates: Array | None = None
+    spectra: Spectra | None = None
     heads: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Moments(NamedTuple):
-    """Means over samples: the fields of `Statistics` without their leading axis, divided by the number of samples."""
+    """Means over samples: the fields of `Statistics` without their leading axis, divided by the number of samples.
+
+    `spectrum` is that of `gram_prev` where it is known, and `other` the mean of the other half in its eigenbasis.
+    """
 
     gram_prev: Array
     cross_prev: Array
@@ -124,6 +131,8 @@ class Moments(NamedTuple):
     cross_asked: Array | None = None
     null: Null | None = None
     offset_gram: Array | None = None
+    spectrum: Spectrum | None = None
+    other: Array | None = None
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
@@ -147,7 +156,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
             f"estimated with the same options. Got {structures[0]} and {structures[1]}."
         )
     added = _replace_sums(b, lambda name: jax.tree.map(jnp.add, getattr(a, name), getattr(b, name)))
-    return dataclasses.replace(added, ridge=None, ridge_update=None)
+    return dataclasses.replace(added, ridge=None, ridge_update=None, spectra=None)
 
 
 def merge_over(statistics: Statistics, axis_name: str | tuple[str, ...]) -> Statistics:
@@ -177,7 +186,7 @@ def merge_over(statistics: Statistics, axis_name: str | tuple[str, ...]) -> Stat
         why = "searches its gates anew on every device" if statistics.link is not None else "is too wide"
         raise ValueError(f"this site {why}, so that its statistics cannot be added: let `jit` shard the batch instead")
     added = _replace_sums(statistics, lambda name: jax.lax.psum(getattr(statistics, name), axis_name))
-    return dataclasses.replace(added, ridge=None, ridge_update=None)
+    return dataclasses.replace(added, ridge=None, ridge_update=None, spectra=None)
 
 
 def moments(statistics: Statistics) -> Moments:
@@ -188,12 +197,14 @@ def moments(statistics: Statistics) -> Moments:
         >>> S.shape
         (5, 5)
     """
-    return _divide(statistics, lambda x: x[0] + x[1])  # XLA is slow to reduce an axis of two
+    mean = _divide(statistics, lambda x: x[0] + x[1])  # XLA is slow to reduce an axis of two
+    return mean if statistics.spectra is None else mean._replace(spectrum=statistics.spectra.of(2))
 
 
 def half(statistics: Statistics, index: int) -> Moments:
     """Means over the even (`index` 0) or the odd (`index` 1) samples."""
-    return _divide(statistics, lambda x: x[index])
+    mean, spectra = _divide(statistics, lambda x: x[index]), statistics.spectra
+    return mean if spectra is None else mean._replace(spectrum=spectra.of(index), other=spectra.other[index])
 
 
 def keep_half(statistics: Statistics, index: int) -> Statistics:
@@ -207,7 +218,12 @@ def keep_halves(statistics: Statistics, kept: Array) -> Statistics:
     def keep(x: Array) -> Array:
         return jnp.where(kept.reshape(2, *[1] * (x.ndim - 1)), x, 0)
 
-    return _replace_sums(statistics, lambda name: jax.tree.map(keep, getattr(statistics, name)))
+    statistics = _replace_sums(statistics, lambda name: jax.tree.map(keep, getattr(statistics, name)))
+    if statistics.spectra is None:
+        return statistics
+    part = jnp.where(kept[0], jnp.where(kept[1], 2, 0), 1)
+    of_part = jax.tree.map(lambda x: jnp.broadcast_to(x, (3, *x.shape)), statistics.spectra.of(part))
+    return dataclasses.replace(statistics, spectra=Spectra(of_part, statistics.spectra.other))
 
 
 def one_gate(statistics: Statistics, index: int | Array) -> Statistics:
@@ -237,4 +253,5 @@ def _replace_sums(statistics: Statistics, value: Callable[[str], Array | None]) 
 def _divide(statistics: Statistics, select: Callable[[Array], Array]) -> Moments:
     count = select(statistics.count)
     count = jnp.where(count > 0, count, 1)  # no samples: the sums are zeros, and so are the means
-    return Moments(*(jax.tree.map(lambda x: select(x) / count, getattr(statistics, name)) for name in Moments._fields))
+    sums = {name: getattr(statistics, name) for name in _SUMS if name != "count"}
+    return Moments(**jax.tree.map(lambda x: select(x) / count, sums))

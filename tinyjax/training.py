@@ -17,9 +17,10 @@ import optax
 from jaxtyping import Array
 
 from tinyjax.estimate import take_samples
-from tinyjax.growth import FEWEST, make_grow_step, require_counts
+from tinyjax.growth import make_grow_step, require_counts
 from tinyjax.info import GrowthInfo, check
 from tinyjax.layout import Params, named_leaves, replace_leaves
+from tinyjax.parts import FEWEST
 from tinyjax.schedule import Schedule
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import find_sites
@@ -119,7 +120,8 @@ def train_epoch(
 
     def epoch(params: Params, opt_state: Any, data: Any, order: Array) -> tuple[Params, Any, Array]:
         def body(state: tuple[Params, Any], rows: Array) -> tuple[tuple[Params, Any], Array]:
-            batch = jax.tree.map(lambda leaf: leaf[rows] if has_samples(leaf) else leaf, data)
+            # `clip` leaves out the masks of plain indexing, which cost a sixth of a small network's step
+            batch = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="clip") if has_samples(leaf) else leaf, data)
             params, opt_state, loss, aux = one_step(*state, batch)
             return (params if with_aux is None else with_aux(params, aux), opt_state), loss
 

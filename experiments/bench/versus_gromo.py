@@ -6,7 +6,9 @@
 A multilayer perceptron with two hidden ReLU layers grows from 2 to 64 neurons, eight at a time, one layer after the
 other, an epoch of Adam between growths (3e-3, batches of 128 in the same order). Both libraries use TINY's neurons and
 best update, statistics on three quarters of the training set and a line search on the last quarter. Each library runs
-in processes of its own, turn by turn, so that a busy machine slows both; the persistent compilation cache is off.
+in processes of its own, turn by turn, so that a busy machine slows both; the persistent compilation cache is off, and
+each library has the settings that suit it: threads that sleep while they wait, and for tinyjax a compiler told to
+hurry (`COMPILER`).
 
 The last line has, for each library, `cold_s` (first run of a process, compilation included, imports not), `warm_s`
 (median of the later runs), accuracies and widths, and the ratios tinyjax / gromo.
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +37,11 @@ from tinyjax.models import MLP
 
 METHODS = {"tiny": tinyjax.tiny, "tiny0": tinyjax.tiny0}
 LIBRARIES = ("tinyjax", "gromo")
+# A growing run is short: LLVM's last passes and XLA's newer emitters (which JAX 0.12 cannot switch off) cost more time
+# than their code saves.
+COMPILER: dict[str, bool | int | str] = {"xla_backend_optimization_level": 1}
+if jax.__version_info__ < (0, 12):
+    COMPILER["xla_cpu_use_fusion_emitters"] = False
 PEER = Path(__file__).with_name("peer_gromo.py")
 
 
@@ -42,6 +50,7 @@ class Programs(NamedTuple):
 
     sites: tinyjax.Sites
     init: Callable[..., Any]
+    inputs: Callable[..., Any]
     epoch: Callable[..., Any]
     grow: Callable[..., Any]
     accuracy: Callable[..., jax.Array]
@@ -59,7 +68,7 @@ def build(train: data.Batch, config: dict[str, Any]) -> Programs:
     optimizer = tinyjax.with_birth(optax.adam(config["learning_rate"]))
 
     def init(key: jax.Array) -> Any:
-        params = model.init(key, train.image[:1])
+        params = tinyjax.thin(model.init(key, train.image[:1]), sites, config["start"])
         return params, optimizer.init(params)
 
     grow = tinyjax.make_grow_step(
@@ -72,9 +81,10 @@ def build(train: data.Batch, config: dict[str, Any]) -> Programs:
 
     return Programs(
         sites,
-        jax.jit(init),
-        jax.jit(tinyjax.train_epoch(loss_fn, optimizer), donate_argnums=(0, 1)),
-        jax.jit(grow, donate_argnums=(0, 2)),
+        jax.jit(init, compiler_options=COMPILER),
+        jax.jit(partial(tinyjax.decompose_inputs, loss_fn, sites=sites), compiler_options=COMPILER),
+        jax.jit(tinyjax.train_epoch(loss_fn, optimizer), donate_argnums=(0, 1), compiler_options=COMPILER),
+        jax.jit(grow, donate_argnums=(0, 2), compiler_options=COMPILER),
         jax.jit(accuracy),
     )
 
@@ -84,7 +94,7 @@ def run(programs: Programs, splits: dict[str, data.Batch], order: jax.Array, con
     seconds = {"train": 0.0, "growth": 0.0}
     began = time.perf_counter()
     params, opt_state = programs.init(jax.random.key(config["seed"]))
-    params = tinyjax.thin(params, sites, config["start"])
+    inputs = programs.inputs(params, train)
     widths = dict.fromkeys(sites.names, config["start"])
     growths = 0
     for epoch in range(config["epochs"]):
@@ -93,7 +103,7 @@ def run(programs: Programs, splits: dict[str, data.Batch], order: jax.Array, con
             start, name = time.perf_counter(), turns[0]
             added = {name: min(config["neurons"], final - widths[name])}
             wanted = {site: jnp.int32(added.get(site, 0)) for site in sites.names}
-            params, opt_state, info = programs.grow(params, train, opt_state, jax.random.key(epoch), wanted)
+            params, opt_state, info = programs.grow(params, train, opt_state, jax.random.key(epoch), wanted, inputs)
             widths[name] = int(info.width[name])
             growths += 1
             seconds["growth"] += time.perf_counter() - start
@@ -155,8 +165,13 @@ def measure(config: argparse.Namespace) -> dict[str, Any]:
             ],
             "gromo": [config.gromo, str(PEER), str(arrays), settings],
         }
-        # gromo's threads spin while they wait unless told not to, which makes it up to eight times slower.
-        environment = os.environ | {"OMP_WAIT_POLICY": "passive", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        # PyTorch's threads and those of JAX's LAPACK spin while they wait unless told not to: gromo is then up to eight
+        # times slower. PyTorch's own matrix products do not read the second variable.
+        environment = os.environ | {
+            "OMP_WAIT_POLICY": "passive",
+            "OPENBLAS_NUM_THREADS": "1",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+        }
         for _ in range(config.processes):
             for name in libraries:
                 out = subprocess.run(commands[name], env=environment, check=True, stdout=subprocess.PIPE, text=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.linalg import Factor, factor
 from tinyjax.methods.gated import gate_by_gate
 from tinyjax.methods.heads import over_heads
 from tinyjax.statistics import Moments, Statistics
@@ -119,6 +120,12 @@ def live_outputs(moments: Moments) -> Array:
     asked_prev = jnp.any(moments.cross_prev != 0, axis=0).reshape(num_outputs, -1).any(axis=1)
     asked = asked_prev | jnp.any(moments.cross != 0, axis=0)
     return jnp.repeat(asked, moments.cross_prev.shape[1] // num_outputs)
+
+
+def input_root(moments: Moments, ridge: float | Array) -> Factor:
+    """A root of S + ridge diag(S), (D, D); from the spectrum of S where that is known and the ridge is not 0."""
+    exact = isinstance(ridge, int | float) and ridge == 0
+    return factor(moments.gram_prev, ridge) if exact or moments.spectrum is None else moments.spectrum.factor(ridge)
 
 
 def only_live(moments: Moments, neurons: Neurons) -> Neurons:

@@ -3,7 +3,7 @@
 from jaxtyping import Array
 
 from tinyjax.linalg import factor
-from tinyjax.methods.base import Neurons, only_live, traits
+from tinyjax.methods.base import Neurons, input_root, only_live, traits
 from tinyjax.methods.best import best
 from tinyjax.methods.ridge import held_out
 from tinyjax.methods.tiny import ridge_of_update
@@ -54,7 +54,7 @@ def fisher_tiny(
     if mean.energy_matrix is None:
         raise ValueError("`fisher_tiny` needs `energy_matrix`: ask `estimate` for it")
     cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
-    inputs = factor(mean.gram_prev, resolve(ridge, statistics))
+    inputs = input_root(mean, resolve(ridge, statistics))
     outputs = factor(mean.energy_matrix, output_ridge)
     # lambda is a correlation here, at most 1
     return only_live(mean, best(inputs, cross, num_neurons=num_neurons, outputs=outputs, floor=1.0))

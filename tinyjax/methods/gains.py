@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import inner, matmul, solve
-from tinyjax.methods.base import Neurons
+from tinyjax.methods.base import Neurons, input_root
 from tinyjax.methods.gated import own_blocks
 from tinyjax.methods.heads import best_fan_out, omega_of_heads, one_head, product
 from tinyjax.methods.ridge import held_out
@@ -44,6 +44,10 @@ def effect(moments: Moments, neurons: Neurons, delta: Array | None = None) -> Ef
     For a convolution S is a bound (eq. 71): put the squares of `tinyjax.moves` in its place.
     """
     cross = moments.cross_prev if delta is None else residual_cross(moments, delta)
+    if neurons.alpha.ndim == 2:  # D^2 k operations instead of D^2 Q
+        square = matmul(neurons.alpha.T, matmul(moments.gram_prev, neurons.alpha))
+        slope = inner(matmul(neurons.alpha.T, cross), neurons.omega)
+        return Effect(slope, inner(square, matmul(neurons.omega, neurons.omega.T)))
     move = product(neurons.alpha, neurons.omega, moments.cross.shape[1])
     return Effect(inner(cross, move), inner(move, matmul(moments.gram_prev, move)))
 
@@ -170,7 +174,8 @@ def refit_fan_in(
     omega = neurons.omega
 
     def best() -> Array:
-        reached = solve(mean.gram_prev, matmul(cross, omega.T), resolve(ridge, statistics))
+        root = input_root(mean, resolve(ridge, statistics))
+        reached = root.unwhiten(root.whiten(matmul(cross, omega.T)))
         alpha = solve(matmul(omega, omega.T), reached.T).T
         return alpha if statistics.gates is None else jnp.where(own_blocks(alpha, statistics.gates.shape[-1]), alpha, 0)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import Factor, factor, matmul, relative_cutoff
+from tinyjax.methods.base import input_root
 from tinyjax.methods.ridge import held_out
 from tinyjax.methods.tiny import ridge_of_update
 from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
@@ -62,7 +63,7 @@ def significant(statistics: Statistics, *, level: float = 0.05, ridge: Ridge = 1
         raise ValueError(f"`level` is {level} with {draws} null draws: {cure}")
     delta = best_update(statistics)
     outer = factor(mean.gram)
-    root = factor(mean.gram_prev, resolve(ridge, statistics))
+    root = input_root(mean, resolve(ridge, statistics))
 
     def largest(null: Null) -> Array:
         return _squares(root, _flipped(mean, null, delta, outer))[-1]
@@ -146,7 +147,7 @@ def energy(
         raise ValueError(f"`share` must be in [0, 1], got {share}")
     mean = moments(statistics)
     cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
-    squares = _squares(factor(mean.gram_prev, resolve(ridge, statistics)), cross)[::-1]
+    squares = _squares(input_root(mean, resolve(ridge, statistics)), cross)[::-1]
     squares = jnp.where(squares > relative_cutoff(squares.dtype) ** 2 * mean.energy, squares, 0)
     before = jnp.cumsum(squares) - squares
     wanted = share * jnp.sum(squares) * (1 - 1e-6)  # the last neuron is not needed for a rounding error

@@ -8,7 +8,7 @@ are cheaper than an `eigh`, which would give all of them.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ from jaxtyping import Array
 from tinyjax.linalg import cholesky_solve, correlation, inner, matmul, solve
 from tinyjax.methods.heads import one_head
 from tinyjax.methods.update import residual_cross
+from tinyjax.spectra import Spectrum
 from tinyjax.statistics import Moments, Statistics, half, one_gate
 
+T = TypeVar("T")
+
 _EXPONENTS = [e / 2 for e in range(-16, 9)]  # half decades; above 10^4 no direction changes any more
-_START = _EXPONENTS.index(0.0)  # the middle of the best ridges measured
-_UNDECIDED = 1.0  # for statistics with an empty half
+_START = _EXPONENTS.index(0.0)  # the middle of the best ridges measured; kept where a half is empty
 
 
 class Fold(NamedTuple):
@@ -40,6 +42,12 @@ class Fold(NamedTuple):
     diagonal: Array
     gram_test: Array
     cross_test: Array
+
+    def score(self, ridge: Array) -> Array:
+        """2 <N2, X> - <X, S2 X> with X = (S1 + ridge diag)^-1 N1, ()."""
+        scaled, inverse_scale = correlation(self.gram, self.diagonal)
+        x = inverse_scale * cholesky_solve(scaled, inverse_scale * self.cross, ridge)
+        return 2 * inner(self.cross_test, x) - inner(x, matmul(self.gram_test, x))
 
 
 def held_out_update(statistics: Statistics) -> Array:
@@ -77,12 +85,11 @@ def held_out(statistics: Statistics) -> Array:
     statistics = one_gate(statistics, 0)  # neurons are fitted gate by gate
     update_ridge = held_out_update(statistics)
 
-    def fold(a: Moments, b: Moments) -> Fold:
+    def crosses(a: Moments, b: Moments) -> tuple[Array, Array]:
         delta = solve(a.gram, a.cross, update_ridge)
-        cross, cross_test = residual_cross(a, delta), residual_cross(b, delta)
-        return Fold(a.gram_prev, cross, jnp.diagonal(a.gram_prev), b.gram_prev, cross_test)
+        return residual_cross(a, delta), residual_cross(b, delta)
 
-    return choose(statistics, fold)
+    return choose_for_inputs(statistics, crosses)
 
 
 def with_ridges(statistics: Statistics) -> Statistics:
@@ -110,46 +117,81 @@ def choose(statistics: Statistics, fold: Callable[[Moments, Moments], Fold]) -> 
     Returns:
         () in the dtype of the statistics.
     """
-    grid = jnp.asarray([10.0**e for e in _EXPONENTS], statistics.gram.dtype)
-
-    def decide() -> Array:
-        halves = [half(statistics, i) for i in (0, 1)]
-        fitted, other = (jax.tree.map(lambda *x: jnp.stack(x), *pair) for pair in (halves, halves[::-1]))
-        folds = jax.lax.map(lambda both: fold(*both), (fitted, other))
-        best = _climb(lambda index: jnp.sum(jax.lax.map(lambda one: score(one, grid[index]), folds)), len(grid))
-        return grid[best] / 2  # chosen for half of the samples: a mean over all has half the variance
-
-    # A branch, not a `where`: factoring is most of a growth's work on a wide layer.
-    return jax.lax.cond(jnp.all(statistics.count > 0), decide, lambda: jnp.asarray(_UNDECIDED, grid.dtype))
+    folds = _both_ways(statistics, fold)
+    return _climb(statistics, lambda ridge: jnp.sum(jax.lax.map(lambda one: one.score(ridge), folds)))
 
 
-def score(fold: Fold, ridge: Array) -> Array:
-    """2 <N2, X> - <X, S2 X> with X = (S1 + ridge diag)^-1 N1, ()."""
-    scaled, inverse_scale = correlation(fold.gram, fold.diagonal)
-    x = inverse_scale * cholesky_solve(scaled, inverse_scale * fold.cross, ridge)
-    return 2 * inner(fold.cross_test, x) - inner(x, matmul(fold.gram_test, x))
+def choose_for_inputs(statistics: Statistics, crosses: Callable[[Moments, Moments], tuple[Array, Array]]) -> Array:
+    """`choose` for S: with its spectra, every score is a product in the eigenbasis of the fitted half.
+
+    Args:
+        statistics: both halves.
+        crosses: (means of the half to fit on, means of the half to score on) -> the linear form of either, (D, Q).
+    """
+    spectra = statistics.spectra
+    if spectra is None:
+
+        def fold(a: Moments, b: Moments) -> Fold:
+            cross, cross_test = crosses(a, b)
+            return Fold(a.gram_prev, cross, jnp.diagonal(a.gram_prev), b.gram_prev, cross_test)
+
+        return choose(statistics, fold)
+
+    fitted = jax.tree.map(lambda x: x[:2], spectra.spectrum)
+    cross, cross_test = (jax.vmap(Spectrum.turn)(fitted, x) for x in _both_ways(statistics, crosses))
+
+    def score_at(ridge: Array) -> Array:
+        x = cross / jax.vmap(Spectrum.shifted, (0, None))(fitted, ridge)[:, :, None]
+        return 2 * inner(cross_test, x) - inner(x, matmul(spectra.other, x))
+
+    return _climb(statistics, score_at)
+
+
+def _both_ways(statistics: Statistics, function: Callable[[Moments, Moments], T]) -> T:
+    """A function of (means of one half, means of the other), both ways, stacked.
+
+    Never by `vmap`: batched LAPACK calls of some size wait for each other for ever on a machine of two cores.
+    """
+    halves = [half(statistics, i)._replace(spectrum=None, other=None) for i in (0, 1)]
+    first, second = (jax.tree.map(lambda *x: jnp.stack(x), *pair) for pair in (halves, halves[::-1]))
+    return jax.lax.map(lambda both: function(*both), (first, second))
 
 
 class _Step(NamedTuple):
     index: Array  # the best so far
     score: Array  # there
-    direction: Array  # in which to look next: 1 or -1
+    direction: Array  # in which to look next: 1 or -1; 0 at the end
+    seen: Array  # how many scores: the first is the start's and always better than nothing
     turned: Array  # whether there is no other direction left
 
 
-def _climb(score_at: Callable[[Array], Array], size: int) -> Array:
-    """The index of the nearest local maximum uphill from `_START`; a tie is won by the larger index."""
+def _climb(statistics: Statistics, score_at: Callable[[Array], Array]) -> Array:
+    """The nearest local maximum uphill from `_START`; a tie is won by the larger ridge.
+
+    With an empty half there is nothing to climb and no work. The start is scored by the first turn of the loop, so
+    that scoring is compiled once.
+    """
+    grid = jnp.asarray([10.0**e for e in _EXPONENTS], statistics.gram.dtype)
 
     def step(state: _Step) -> _Step:
         index = state.index + state.direction
-        found = score_at(index)
-        better = (found > state.score) | ((found == state.score) & (state.direction > 0))
-        moved = state._replace(index=index, score=found, turned=jnp.array(True))
-        turned = state._replace(direction=-state.direction * ~state.turned, turned=jnp.array(True))
-        state = jax.tree.map(lambda a, b: jnp.where(better, a, b), moved, turned)
-        at_end = (state.index + state.direction < 0) | (state.index + state.direction >= size)
-        return state._replace(direction=jnp.where(at_end, 0, state.direction))
+        found = score_at(grid[index])
+        first = state.seen == 0
+        better = first | (found > state.score) | ((found == state.score) & (state.direction > 0))
+        direction = jnp.where(better, state.direction, jnp.where(state.turned, 0, -state.direction))
+        index = jnp.where(better, index, state.index)
+        at_end = (index + direction < 0) | (index + direction >= len(grid))
+        return _Step(
+            index=index,
+            score=jnp.where(better, found, state.score),
+            direction=jnp.where(at_end, 0, direction),
+            seen=state.seen + 1,
+            turned=~first,
+        )
 
-    start = jnp.asarray(_START)
-    state = _Step(start, score_at(start), jnp.asarray(1), jnp.asarray(False))
-    return jax.lax.while_loop(lambda state: state.direction != 0, step, state).index
+    comparable = jnp.all(statistics.count > 0)
+    start = jnp.where(comparable, _START - 1, _START)
+    state = _Step(start, jnp.zeros_like(grid[0]), jnp.where(comparable, 1, 0), jnp.asarray(0), jnp.asarray(False))
+    best = grid[jax.lax.while_loop(lambda state: state.direction != 0, step, state).index]
+    # Chosen for half of the samples: a mean over all has half the variance.
+    return jnp.where(comparable, best / 2, _UNDECIDED)

@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import factor
-from tinyjax.methods.base import Neurons, only_live, traits
+from tinyjax.methods.base import Neurons, input_root, only_live, traits
 from tinyjax.methods.best import best
 from tinyjax.methods.ridge import held_out, held_out_update
 from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
@@ -53,7 +52,7 @@ def tiny(
     """
     mean = moments(statistics)
     cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
-    root = factor(mean.gram_prev, resolve(ridge, statistics))
+    root = input_root(mean, resolve(ridge, statistics))
     return only_live(mean, best(root, cross, num_neurons=num_neurons, floor=jnp.sqrt(mean.energy)))
 
 

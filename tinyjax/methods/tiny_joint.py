@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import Factor, factor, matmul, relative_cutoff, solve
-from tinyjax.methods.base import Neurons, only_live, traits
+from tinyjax.methods.base import Neurons, input_root, only_live, traits
 from tinyjax.methods.best import best
 from tinyjax.methods.ridge import Fold, choose, held_out_update
 from tinyjax.methods.update import Ridge, residual_cross, resolve
@@ -55,7 +55,7 @@ def tiny_joint(
     update_ridge = resolve(update_ridge, statistics)
     ridge = held_out_joint(statistics, update_ridge=update_ridge) if ridge is None else resolve(ridge, statistics)
     cross = residual_cross(mean, solve(mean.gram, mean.cross, update_ridge))
-    root = _unexplained(factor(mean.gram_prev, ridge), factor(mean.gram, update_ridge), link)
+    root = _unexplained(input_root(mean, ridge), factor(mean.gram, update_ridge), link)
     neurons = only_live(mean, best(root, cross, num_neurons=num_neurons, floor=jnp.sqrt(mean.energy)))
     move = matmul(neurons.alpha, neurons.omega)
     return neurons._replace(delta=solve(mean.gram, mean.cross - matmul(link.T, move), update_ridge))

@@ -7,8 +7,7 @@ neurons is outside of both: of S^(-1/2) N~, the part beyond the span of S^(1/2) 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import factor
-from tinyjax.methods.base import Neurons, only_live, traits
+from tinyjax.methods.base import Neurons, input_root, only_live, traits
 from tinyjax.methods.best import best, beyond
 from tinyjax.methods.ridge import held_out
 from tinyjax.methods.tiny import ridge_of_update
@@ -53,5 +52,5 @@ def tiny_linear(
     fan_out = statistics.weight[: statistics.weight.shape[0] - statistics.bias]
     cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
     cross = beyond(cross.T, None, fan_out.T).T
-    root = factor(mean.gram_prev, resolve(ridge, statistics))
+    root = input_root(mean, resolve(ridge, statistics))
     return only_live(mean, best(root, cross, num_neurons=num_neurons, floor=jnp.sqrt(mean.energy)))

@@ -3,22 +3,16 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import factor
-from tinyjax.methods.base import Neurons, only_live, traits
+from tinyjax.methods.base import Neurons, input_root, only_live, traits
 from tinyjax.methods.best import best
-from tinyjax.methods.ridge import Fold, choose
+from tinyjax.methods.ridge import choose_for_inputs
 from tinyjax.methods.update import Ridge, resolve, unprojected_cross
-from tinyjax.statistics import Moments, Statistics, moments
+from tinyjax.statistics import Statistics, moments
 
 
 def held_out_unprojected(statistics: Statistics) -> Array:
     """The ridge of `tiny_unprojected` whose neurons generalise best from one half of the samples to the other."""
-
-    def fold(a: Moments, b: Moments) -> Fold:
-        diagonal = jnp.diagonal(a.gram_prev)
-        return Fold(a.gram_prev, unprojected_cross(a), diagonal, b.gram_prev, unprojected_cross(b))
-
-    return choose(statistics, fold)
+    return choose_for_inputs(statistics, lambda a, b: (unprojected_cross(a), unprojected_cross(b)))
 
 
 @traits(function_preserving=False, stochastic=False)
@@ -44,6 +38,6 @@ def tiny_unprojected(
         ((5, 2), (2, 12))
     """
     mean = moments(statistics)
-    root = factor(mean.gram_prev, resolve(ridge, statistics))
+    root = input_root(mean, resolve(ridge, statistics))
     cross = unprojected_cross(mean)
     return only_live(mean, best(root, cross, num_neurons=num_neurons, floor=jnp.sqrt(mean.energy)))
