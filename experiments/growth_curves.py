@@ -16,12 +16,13 @@ The paper (CIFAR-100, test accuracy, after growth / converged; Delta t = 0.25 an
 70.4 / 70.9, GradMax 65.1 / 67.0 and 68.6 / 69.0; from 1/64 TINY 65.8 / 69.5 and 68.1 / 68.7, GradMax 45.0 / 57.0 and
 56.8 / 58.4; reference 72.8.
 
-Measured (`cpu`, 4 seeds, 2 shared cores; after growth / after 3 more epochs): from 1/4 TINY 81.0 / 85.6 and 90.4 / 90.6,
-GradMax 79.7 / 85.7 and 90.0 / 90.8; from 1 channel TINY 73.4 / 85.8 and 87.8 / 88.5, GradMax 70.3 / 78.7 and
+Measured (`cpu`, 4 seeds, 2 shared cores; after growth / after 3 more epochs): from 1/4 TINY 81.0 / 85.6 and 90.4 /
+90.6, GradMax 79.7 / 85.7 and 90.0 / 90.8; from 1 channel TINY 73.4 / 85.8 and 87.8 / 88.5, GradMax 70.3 / 78.7 and
 86.8 / 87.2; reference 92.1. So TINY is ahead where the paper's gap is largest, from the thinnest start with little
-training (+7.1 +- 1.2 at the end), and nowhere else. The control `random0` is ahead of both (82.2 / 88.6 there). The norms
-are a reason: fan-ins of norm 0.03, as in E.3.1, hardly move in so few steps. With fan-ins of norm 1 (`norms`) TINY reaches
-81.1 after growth, then 82.9, with one seed that falls to 71; a network that stays thin gets as far as GradMax, 78.7.
+training (+7.1 +- 1.2 at the end), and nowhere else. The control `random0` is ahead of both (82.2 / 88.6 there). The
+norms are a reason: fan-ins of norm 0.03, as in E.3.1, hardly move in so few steps. With fan-ins of norm 1 (`norms`)
+TINY reaches 81.1 after growth, then 82.9, with one seed that falls to 71; a network that stays thin gets as far as
+GradMax, 78.7.
 
 Every run has a file of its own under `results/`; a command that was stopped goes on with the runs that are missing, and
 `--only` picks some (for several processes).

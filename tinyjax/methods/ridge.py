@@ -23,7 +23,8 @@ from tinyjax.statistics import Moments, Statistics, half, one_gate
 T = TypeVar("T")
 
 _EXPONENTS = [e / 2 for e in range(-16, 9)]  # half decades; above 10^4 no direction changes any more
-_START = _EXPONENTS.index(0.0)  # the middle of the best ridges measured; kept where a half is empty
+_START = _EXPONENTS.index(0.0)  # the middle of the best ridges measured
+_UNDECIDED = 1.0  # for statistics with an empty half
 
 
 class Fold(NamedTuple):
