@@ -82,8 +82,8 @@ def progress(
         ...     for record in tinyjax.progress(run, total=len(batches), log=log):
         ...         last = record.loss
     """
-    out = sys.stderr if out is None else out
-    live = out.isatty()
+    stream: TextIO = sys.stderr if out is None else out
+    live = stream.isatty()
     clock = _Clock(total)
     shown = said = -math.inf
     record = None
@@ -93,19 +93,19 @@ def progress(
             left = clock.tick(record.step, now)
             if record.growth is not None or record.step == total or (not live and now - said > SECONDS):
                 said = now
-                out.write(f"{_CLEAR if live else ''}{log_line(record)}{'' if live else left}\n")
+                stream.write(f"{_CLEAR if live else ''}{log_line(record)}{'' if live else left}\n")
                 if log is not None:
                     log.write(json.dumps(summary(record)) + "\n")
                     log.flush()
             if live and (now - shown > REFRESH or said == now):
                 shown = now
-                out.write(f"{_CLEAR}{clock.bar(record.step)}{left}")
-                out.flush()
+                stream.write(f"{_CLEAR}{clock.bar(record.step)}{left}")
+                stream.flush()
             yield record
     finally:
         if live and record is not None:
-            out.write("\n")
-            out.flush()
+            stream.write("\n")
+            stream.flush()
 
 
 _CLEAR = "\r\x1b[K"

@@ -19,6 +19,7 @@ import optax
 
 import tinyjax
 from tinyjax.along import loss_along
+from tinyjax.layout import named_leaves
 from tinyjax.linalg import factor
 from tinyjax.methods.best import best
 from tinyjax.models import MLP
@@ -88,7 +89,7 @@ def searches() -> None:
             return tinyjax.write(params, site, neurons, amplitude=root**2)[0]
 
         def search(params: Any, batch: Any, *, path: Any = path, moving: Any = moving) -> jax.Array:
-            names = tinyjax.layout.named_leaves(params)
+            names = named_leaves(params)
             straight = {i for i, name in enumerate(names) if name in moving}
             traced = trace(loss_fn, params, batch)
             loss_at = loss_along(traced, params, batch, partial(path, params), straight)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -67,9 +66,8 @@ def of_shape(widths: tuple[int, ...], site: str, growing: int) -> dict[str, floa
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean(), updates
 
     def batch_of(size: int) -> Any:
-        return data.Batch(
-            jax.ShapeDtypeStruct((size, 32, 32, 3), jnp.float32), jax.ShapeDtypeStruct((size,), jnp.int32)
-        )
+        image, label = np.empty((size, 32, 32, 3), np.float32), np.empty(size, np.int32)
+        return jax.eval_shape(data.Batch, image, label)
 
     image = batch_of(BATCH).image
     variables = jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), image)
