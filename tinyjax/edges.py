@@ -87,8 +87,12 @@ def score_edges(
         ValueError: a batch too small, a rank below 1, a method that brings no update.
 
     Example:
-        >>> edges = jax.jit(partial(score_edges, model, objective, rank=4))(params, batch)
-        >>> max(edges, key=lambda name: float(edges[name].score.gain))
+        >>> def model(params, batch):
+        ...     return network.apply(params, batch.image)
+        >>> def objective(logits, batch):
+        ...     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean()
+        >>> edges = jax.jit(partial(tinyjax.score_edges, model, objective, rank=1))(params, batch)
+        >>> best = max(edges, key=lambda name: float(edges[name].score.gain))
     """
     middle = batch_size(batch) // 2
     if middle < 4:
