@@ -74,6 +74,7 @@ ITEMS = (
     Item("Figure 16", "growth_curves", "GradMax with the norm sqrt(1e-3)"),
     Item("Table 4", "growth_curves", "s = 1/64, Delta t = 1, converged: TINY 68.7, GradMax 57.7"),
     Item("Table 5, accuracy", "growth_curves", "CIFAR-100: TINY 65.8 and 68.1, GradMax 45.0 and 56.8, NORTH 55.7"),
+    Item("Where to grow, sites of six kinds", "ranking", "no number"),
 )
 NOT_RUN = "not run"
 

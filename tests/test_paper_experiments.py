@@ -20,7 +20,7 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("experiments")
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=[*SCRIPTS, pytest.param("ranking", marks=pytest.mark.slow)])
 def finished(request, out):
     module = importlib.import_module(f"experiments.{request.param}")
     return request.param, module, module.main(["--preset", "smoke", "--out", str(out)])
