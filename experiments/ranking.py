@@ -16,8 +16,9 @@ units of each layer, the way a criterion taken from the paper alone would rank.
 lowest loss on the other half. Ranks are compared by Spearman's correlation over the sites of a seed; **regret** is the
 share of the largest real decrease that is lost by growing where the criterion says.
 
-Measured (cpu): the head gains more than thirty times as much as any other site and both criteria see it, so neither loses anything
-by its first choice; the score ranks the others better. Not tuned: the network and the sizes are the first tried.
+Measured (cpu): the head gains more than thirty times as much as any other site and both criteria see it, so neither
+loses anything by its first choice; the score ranks the others better. Not tuned: the network and the sizes are the
+first tried.
 """
 
 from collections.abc import Iterator
