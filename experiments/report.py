@@ -58,6 +58,7 @@ ITEMS = (
     Item("Methods compared, mnist5k", "compare", "no number"),
     Item("Methods compared, digits, thin ResNet-18", "compare_resnet", "no number; see figure 5"),
     Item("LoRA ranks grown", "lora", "beyond the paper"),
+    Item("A transformer grown under a budget", "transformer", "beyond the paper"),
     Item("Figure 5", "growth_curves", "test accuracy against parameters while growing, TINY above GradMax"),
     Item("Figure 6", "growth_curves", "at s = 1/64, Delta t = 1 TINY has converged when the growth ends, GradMax not"),
     Item("Figure 7", "growth_curves", "extra training: GradMax needs twice as much as TINY"),

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import bottleneck, convergence, cost, estimation, lora, pure_growth, report, results
+from experiments import bottleneck, convergence, cost, estimation, lora, pure_growth, report, results, transformer
 from tinyjax.models.resnet import STREAM, inner_widths
 
-SCRIPTS = ("bottleneck", "convergence", "estimation", "pure_growth", "cost", "lora")
+SCRIPTS = ("bottleneck", "convergence", "estimation", "pure_growth", "cost", "lora", "transformer")
 FOLDER = Path(results.__file__).parent
 
 
@@ -87,6 +87,11 @@ def test_what_smoke_runs_find_is_possible(finished):
             sizes = results.column(curve, "parameters")
             assert np.all(np.diff(sizes) >= 0) and sizes[-1] == row["parameters"]
             assert ("reference" in row["method"]) == (len(set(sizes)) == 1)
+    if name == "transformer":
+        for seed in results.distinct(found.rows, "seed"):
+            runs = {run: results.select(found.rows, run=run, seed=seed) for run in results.distinct(found.rows, "run")}
+            assert runs["scratch"][0]["width"] == [row for row in runs["grown"] if "width" in row][-1]["width"]
+            assert all(run[-1]["parameters"] >= run[0]["parameters"] for run in runs.values())
     if name == "cost":
         assert all(row["ratio"] == 1 for row in results.select(found.rows, what="training step"))
         assert {row["kind"] for row in results.select(found.rows, part="part")} == {"dense", "conv"}
@@ -196,7 +201,7 @@ def test_lists_are_cut_at_semicolons_outside_of_brackets():
     assert report.pieces("a; b (c; d), e; f") == ["a", "b (c; d), e", "f"]
 
 
-@pytest.mark.parametrize("module", [bottleneck, convergence, estimation, pure_growth, cost, lora])
+@pytest.mark.parametrize("module", [bottleneck, convergence, estimation, pure_growth, cost, lora, transformer])
 def test_an_unknown_preset_ends_with_a_message(module, capsys):
     with pytest.raises(SystemExit) as stopped:
         module.main(["--preset", "tpu"])
