@@ -77,7 +77,6 @@ def test_the_held_out_gain_is_what_neurons_of_one_half_take_away_on_the_other(ca
         total += (np.sum(left**2) - np.sum((left - move) ** 2)) / N  # 2/N a half, and the mean of two halves
     finding = diagnosis.findings["w1"]
     np.testing.assert_allclose(finding.gain * finding.asked, total, rtol=1e-6)
-    assert finding.gain > 0
 
 
 def ridge_regression(b, v, ridge):

@@ -117,7 +117,7 @@ def test_shard_map_adds_sums_and_solves_alike_on_each_device(mesh, samples):
 def test_a_site_too_wide_to_be_added_is_refused(mesh):
     params, batch = example.init(), next(example.make_batches())
     statistics = tinyjax.estimate(LOSS, params, batch, tinyjax.find_sites(LOSS, params, batch)["w"])
-    with pytest.raises(ValueError, match="too wide for its statistics to be added"):
+    with pytest.raises(ValueError, match="too wide, so that its statistics cannot be added"):
         tinyjax.merge_over(dataclasses.replace(statistics, link=None), "data")
 
 

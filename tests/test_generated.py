@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from brute import in_heads
 from generated import Generated, generate
 from numpy_jaxpr import evaluate, traced
 
@@ -22,6 +23,7 @@ from tinyjax.sites import find_sites
 from tinyjax.slots import COUNTED, cols, rows
 from tinyjax.statistics import Statistics
 from tinyjax.surgery import resize, thin, write
+from tinyjax.surgery.write import lead
 
 FAST, LONG = 200, 2000
 SMALL = 1e-6  # of a fan-in; differences of the loss are then good to 1e-10
@@ -41,7 +43,9 @@ def inputs(kernel: Kernel) -> int:
 def draw(site: Site, rng: np.random.Generator) -> tuple[Any, Any]:
     """Fan-in and fan-out of a random neuron."""
     outputs = sum(rows(c) // site.capacity * cols(c) for c in site.consumers)
-    return rng.normal(size=(*site.stack, inputs(site.producers[0]), 1)), rng.normal(size=(*site.stack, 1, outputs))
+    (producer,) = site.producers
+    alpha = rng.normal(size=(*lead(producer), inputs(producer), 1))
+    return alpha, rng.normal(size=(*site.stack, 1, outputs))
 
 
 def draw_gate(site: Site, statistics: Any, rng: np.random.Generator) -> Any:
@@ -114,7 +118,10 @@ def dust(site: Site, used: int, gradient: Any) -> Iterator[str]:
 def slope(site: Site, record: Statistics, loss: Any, neurons: list[Any], factor: float | None) -> Iterator[str]:
     """The loss falls by <N, alpha omega>, times the slope of the activations: one factor for all neurons."""
     moment = record.cross_prev.sum(axis=-3) / record.count.reshape(-1, 2)[0].sum()
-    said = np.array([-np.sum((np.swapaxes(alpha, -1, -2) @ moment) * omega) for alpha, omega in neurons])
+    if record.heads is None:
+        said = np.array([-np.sum((np.swapaxes(alpha, -1, -2) @ moment) * omega) for alpha, omega in neurons])
+    else:
+        said = np.array([-in_heads(alpha, moment, omega) for alpha, omega in neurons])
     found = [(loss(SMALL * alpha, omega) - loss(-SMALL * alpha, omega)) / (2 * SMALL) for alpha, omega in neurons]
     size = np.array([np.linalg.norm(alpha) * np.linalg.norm(omega) for alpha, omega in neurons]) * np.linalg.norm(
         moment
