@@ -44,8 +44,8 @@ def tiny_joint(
         ValueError: `num_neurons` is not a positive int, a ridge is negative, or the consumer is a convolution.
 
     Example:
-        >>> alpha, omega, singular_values, delta = tinyjax.tiny_joint(statistics, num_neurons=2)
-        >>> delta.shape  # of the weights and biases that are there
+        >>> neurons = tinyjax.tiny_joint(statistics, num_neurons=2)
+        >>> neurons.delta.shape  # of the weights and biases that are there
         (13, 12)
 
     Reference: Verbockhaven et al., TMLR 2024, problem 7 and appendix C.4.
