@@ -42,7 +42,7 @@ def test_values_that_are_not_finite(case, grow_step, where, bad):
     same, info = grow_step(params, batch, jax.random.key(0))
     chex.assert_trees_all_equal(same, params)
     assert info.status["w"] == tinyjax.Status.NON_FINITE and not info.born["w"].any()
-    with pytest.raises(ValueError, match=r"site `w`: the (loss is|statistics are) not finite, nothing was changed"):
+    with pytest.raises(ValueError, match=r"site `w`: the (loss is|statistics are|new .* would) not (be )?finite, n"):
         tinyjax.check(info)
 
 
