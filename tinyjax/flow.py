@@ -78,7 +78,7 @@ class Flow:
         met: for every parameter leaf that met the flow slot by slot, the operations in which it did.
         weights: for every value, the factors that its rows were multiplied by one by one.
         counted: for every leaf that tells a norm of `tinyjax.models` which slots it counts, the operations that ask.
-        trouble: why such a norm cannot grow, or "".
+        trouble: why the dimension cannot grow wherever it is read (such a norm, a slope that is not finite), or "".
 
     `gates` are values that multiply the flow slot by slot, and which are given with each new neuron.
     """
@@ -127,7 +127,7 @@ class Flow:
         if len(weights) > 1:
             why = why or f"its rows are weighted in two ways before `{op.name}`"
         if self._is_steep(op):
-            why = why or f"the gradient of `{op.name}` is not finite where a neuron is empty"
+            self.trouble = self.trouble or f"the gradient of `{op.name}` is not finite where a neuron is empty"
         value = self._empty_value(op)
         pools = min((self.pools[v] for v in op.ins if v in self.pools), key=len)
         if self._divides_by_count(op):
