@@ -29,6 +29,7 @@ class Neurons(NamedTuple):
     alpha: Any
     omega: Any
     delta: Any = None
+    gate: Any = None
 
 
 def kernel(leaf: str, d_in: int, d_out: int, slot: int) -> Layout:

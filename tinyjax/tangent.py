@@ -84,6 +84,9 @@ def find_tangent(
     consumers = tuple(_heads_first(use, heads, dimension, producer.leaf) for use in consumers)
     read = consumers[0].input_value
     ops = _between(graph, flow, producer.op, read)
+    if heads and not any(op.name == "dot_general" for op in ops):
+        # A view into heads whose sizes the model may have written out (pixels of a shuffle): not one to make room in.
+        raise Unaligned(f"`{producer.leaf}` produces it together with another axis, not mixed by attention")
     taps: dict[Address, int] = {}
     scalars: dict[Value, Any] = {}
     for op in ops:
