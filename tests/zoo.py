@@ -208,9 +208,9 @@ def dense_general() -> Model:
 
 @model
 def stored_in_factors() -> Model:
-    """The hidden axis of the producer is stored as (2, 4) features: either may grow, the other counts heads."""
+    """The hidden axis of the producer is stored as (2, 4) features and flattened: it is two axes of the leaf."""
     apply = lambda p, x: jnp.tanh(x @ p["w"].reshape(5, 8)) @ p["u"]  # noqa: E731
-    return Model(mse(apply), draw(w=(5, 2, 4), u=(8, 3)), data(6, 5), {"w": 2, "w[1]": 4})
+    return Model(mse(apply), draw(w=(5, 2, 4), u=(8, 3)), data(6, 5), {}, {"w": "another axis", "w[1]": "another axis"})
 
 
 @model
