@@ -3,6 +3,7 @@
 Compiling is most of its work, so XLA is told not to optimise; `JAX_DISABLE_MOST_OPTIMIZATIONS=0` runs it as users do.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,8 +16,21 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ.setdefault("TINYJAX_DATA_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "data"))
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_enable_x64", True)
 # Modules whose array annotations hold at run time; must come before the first import of tinyjax.
 install_import_hook(["tinyjax.data", "tinyjax.models", "tinyjax.linalg"], "beartype.beartype")
+
+MAPS = Path("/proc/self/maps")  # memory mappings of this process, a line each; Linux only
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_compiled_programs():
+    """Drops compiled programs before they exhaust what Linux maps for a process (65,530): XLA would crash there."""
+    yield
+    if MAPS.exists() and MAPS.read_text().count("\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
