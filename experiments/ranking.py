@@ -186,7 +186,7 @@ def real_decrease(
 
 def rank_correlation(x: Any, y: Any) -> float:
     """Spearman's, without ties."""
-    return float(np.corrcoef(*(np.argsort(np.argsort(v)) for v in (x, y)))[0, 1])
+    return float(np.corrcoef(np.argsort(np.argsort([x, y])))[0, 1])
 
 
 def by_seed(rows: list[Row], criterion: str) -> tuple[np.ndarray, np.ndarray]:
