@@ -186,7 +186,8 @@ def real_decrease(
 
 def rank_correlation(x: Any, y: Any) -> float:
     """Spearman's, without ties."""
-    return float(np.corrcoef(np.argsort(np.argsort([x, y])))[0, 1])
+    first, second = np.argsort(np.argsort([x, y]))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def by_seed(rows: list[Row], criterion: str) -> tuple[np.ndarray, np.ndarray]:
