@@ -62,7 +62,7 @@ def test_the_held_out_gain_is_what_neurons_of_one_half_take_away_on_the_other(ca
     """Raw samples; only the ridges are the product's own."""
     params, batch, diagnosis = case
     statistics = tinyjax.estimate(loss_fn, params, batch, diagnosis.findings["w1"].site)
-    ridge, update_ridge = tinyjax.held_out(statistics), tinyjax.held_out_update(statistics)
+    ridge, update_ridge = 2 * tinyjax.held_out(statistics), 2 * tinyjax.held_out_update(statistics)
     b, v = activities(params, batch)["w1"]
     b_prev = np.concatenate([np.asarray(batch["x"]), np.ones((N, 1))], axis=1)
     total = 0.0
@@ -77,6 +77,7 @@ def test_the_held_out_gain_is_what_neurons_of_one_half_take_away_on_the_other(ca
         total += (np.sum(left**2) - np.sum((left - move) ** 2)) / N  # 2/N a half, and the mean of two halves
     finding = diagnosis.findings["w1"]
     np.testing.assert_allclose(finding.gain * finding.asked, total, rtol=1e-6)
+    assert finding.gain > 0
 
 
 def ridge_regression(b, v, ridge):

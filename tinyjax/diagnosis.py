@@ -135,7 +135,8 @@ def diagnose(
 
 
 def _summary(num_neurons: int, squares: Squares | None, statistics: Statistics) -> tuple[jax.Array, ...]:
-    ridge, update_ridge = held_out(statistics), held_out_update(statistics)
+    # Neurons are fitted on halves: half of the samples ask for twice the ridge.
+    ridge, update_ridge = 2 * held_out(statistics), 2 * held_out_update(statistics)
 
     def fit(half: Statistics) -> tuple[Any, jax.Array]:
         delta = best_update(half, ridge=update_ridge)

@@ -213,17 +213,25 @@ def keep_half(statistics: Statistics, index: int) -> Statistics:
 
 
 def keep_halves(statistics: Statistics, kept: Array) -> Statistics:
-    """The statistics of the halves marked in `kept` (2,) booleans; the others are empty."""
+    """The statistics of the halves marked in `kept` (2,) booleans; the others are empty.
+
+    Ridges that were chosen for all samples grow as the samples become fewer.
+    """
+    total = jnp.sum(statistics.count, axis=-1)
+    left = jnp.sum(jnp.where(kept, statistics.count, 0), axis=-1)
+    fewer = total / jnp.where(left > 0, left, total)
 
     def keep(x: Array) -> Array:
         return jnp.where(kept.reshape(2, *[1] * (x.ndim - 1)), x, 0)
 
-    statistics = _replace_sums(statistics, lambda name: jax.tree.map(keep, getattr(statistics, name)))
-    if statistics.spectra is None:
-        return statistics
+    found = _replace_sums(statistics, lambda name: jax.tree.map(keep, getattr(statistics, name)))
+    ridges = {name: getattr(found, name) for name in ("ridge", "ridge_update")}
+    found = dataclasses.replace(found, **{name: None if r is None else fewer * r for name, r in ridges.items()})
+    if found.spectra is None:
+        return found
     part = jnp.where(kept[0], jnp.where(kept[1], 2, 0), 1)
-    of_part = jax.tree.map(lambda x: jnp.broadcast_to(x, (3, *x.shape)), statistics.spectra.of(part))
-    return dataclasses.replace(statistics, spectra=Spectra(of_part, statistics.spectra.other))
+    of_part = jax.tree.map(lambda x: jnp.broadcast_to(x, (3, *x.shape)), found.spectra.of(part))
+    return dataclasses.replace(found, spectra=Spectra(of_part, found.spectra.other))
 
 
 def one_gate(statistics: Statistics, index: int | Array) -> Statistics:

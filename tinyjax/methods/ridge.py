@@ -98,7 +98,7 @@ def with_ridges(statistics: Statistics) -> Statistics:
 
     A site with heads has a ridge for the neurons of each.
 
-    They stay with the halves (`keep_half`), so that a fit to one half uses the ridges of the whole.
+    They stay with the halves (`keep_half`), where they are as much larger as the samples are fewer.
     """
     update_ridge = held_out_update(statistics)
     statistics = dataclasses.replace(statistics, ridge_update=update_ridge)
