@@ -28,7 +28,6 @@ import optax
 
 import tinyjax
 from experiments.controls import no_neurons
-from experiments.flops import flops
 from experiments.relu import relu
 from experiments.results import Experiment, Finding, Row, column, distinct, run, select, spread
 from tinyjax import data, methods
@@ -37,6 +36,7 @@ from tinyjax.models import MLP
 from tinyjax.plot import style
 from tinyjax.site import resized
 from tinyjax.surgery import Trainable, everything
+from tinyjax.work import flops
 
 Widths = dict[str, int]
 REFERENCE = "tiny0"

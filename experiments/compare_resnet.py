@@ -21,11 +21,11 @@ import optax
 
 import tinyjax
 from experiments import compare, paper, resnet
-from experiments.flops import flops
 from experiments.results import Experiment, Row, run
 from experiments.tasks import load
 from tinyjax import data
 from tinyjax.site import resized
+from tinyjax.work import flops
 
 
 class Config(NamedTuple):

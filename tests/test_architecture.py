@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tinyjax"
 LEVELS = [
     # What knows nothing else of the library.
-    ["layout", "linalg", "atoms", "info", "data", "models", "plot", "window"],
+    ["layout", "linalg", "atoms", "info", "data", "models", "plot", "window", "work"],
     ["site", "trace", "spectra", "correlations"],
     ["rules", "wiring", "slots", "statistics", "schedule", "costs", "shifts"],
     ["axes", "brakes", "surgery", "pair", "methods"],

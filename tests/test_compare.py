@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import compare, compare_resnet
-from experiments.flops import flops
+from tinyjax.work import flops
 
 
 def test_products_and_convolutions_are_counted():

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import pytest
 
-from experiments.flops import flops
 from tests import zoo, zoo_images
 from tests.handmade import EXAMPLES, mlp
 from tinyjax.brakes import budget, plateau, worthwhile
@@ -14,6 +13,7 @@ from tinyjax.schedule import early, every, most_gain, round_robin
 from tinyjax.sites import find_sites
 from tinyjax.surgery import compact, thin
 from tinyjax.trace import batch_size
+from tinyjax.work import flops
 
 
 class Record(NamedTuple):
