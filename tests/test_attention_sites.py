@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 from brute import inspect
-from zoo_attention import CASES, Case, data, grouped, jitter, squared
+from zoo_attention import CASES, Case, data, grouped, jitter, library, squared
 
 import tinyjax
 from tinyjax.methods import predicted_gain
@@ -31,12 +31,14 @@ def test_the_slope_of_the_loss_is_that_of_the_sums_at_every_growable_site(name):
         assert report.slope < 1e-6 and report.identity < 1e-12, report
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_value_dimension_is_found_thinned_and_resized(name):
-    case = CASES[name]()
-    site = tinyjax.find_sites(case.loss_fn, case.params, case.batch)[case.values]
+@pytest.mark.parametrize("name", [*CASES, "library"])
+def test_value_and_key_dimensions_are_found_and_thinned(name):
+    case = CASES[name]() if name in CASES else grouped(attend=library)
+    sites = tinyjax.find_sites(case.loss_fn, case.params, case.batch)
+    site = sites[case.values]
     assert site.growable, site.reason
     assert site.capacity == case.capacity
+    assert site.name == case.values and sites[case.keys].growable, sites
     loss = jax.jit(case.loss_fn)
     thinned = tinyjax.thin(case.params, site, 2)
     assert int(tinyjax.width(thinned, site)) == 2
@@ -44,36 +46,44 @@ def test_the_value_dimension_is_found_thinned_and_resized(name):
 
 
 @pytest.mark.parametrize("name", ["linen", *(pytest.param(name, marks=SLOW) for name in CASES if name != "linen")])
-def test_growth_keeps_the_function_at_birth_and_lowers_the_loss(name):
+@pytest.mark.parametrize("which", ["values", "keys"])
+def test_growth_keeps_the_function_at_birth_and_lowers_the_loss(name, which):
     case = CASES[name]()
     sites = tinyjax.find_sites(case.loss_fn, case.params, case.batch)
-    site = sites[case.values]
-    params = tinyjax.thin(case.params, site, 1)
+    site = sites[getattr(case, which)]
+    params, batch = tinyjax.thin(case.params, site, 1), data(3, 120)
 
     def grow(method: Any) -> Any:
         step = tinyjax.make_grow_step(case.loss_fn, site, method=method, update=None, fill=None, num_neurons=2)
-        return step(params, case.batch)
+        return step(params, batch)
 
-    before = case.loss_fn(params, case.batch)
+    before = case.loss_fn(params, batch)
     born, _ = grow(tinyjax.tiny0)
     assert int(tinyjax.width(born, site)) == 3
-    np.testing.assert_allclose(case.loss_fn(born, case.batch), before, rtol=1e-13)
+    np.testing.assert_allclose(case.loss_fn(born, batch), before, rtol=1e-13)
     grown, info = grow(tinyjax.tiny_unprojected)
     assert int(tinyjax.width(grown, site)) == 3
     assert np.sum(info.gain_predicted[site.name]) > 0
-    assert case.loss_fn(grown, case.batch) < 0.999 * before
+    assert case.loss_fn(grown, batch) < 0.999 * before
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_another_capacity_of_queries_and_keys_keeps_the_function(name):
+    """The model's own 1 / sqrt(d) follows the capacity; a model without it, or with a number, is left alone."""
+    case = CASES[name]()
+    sites = tinyjax.find_sites(case.loss_fn, case.params, case.batch)
+    assert sites[case.keys].power == (0.5 if name in ("linen", "nnx", "equinox", "grouped", "shared") else 0.0)
+    if name not in ("equinox", "grouped", "layers"):
+        return  # Linen and NNX check shapes; `shared` has a number that looks like the root of its capacity
+    wider = {case.keys: sites[case.keys].capacity + 5}
+    params, _ = tinyjax.resize(case.params, sites, wider)
+    np.testing.assert_allclose(case.loss_fn(params, case.batch), case.loss_fn(case.params, case.batch), rtol=1e-12)
 
 
 def plain(heads: int = 2, seed: int = 0) -> tuple[Case, dict[str, np.ndarray]]:
     """Causal attention, one slot of two used, and what a slot sees, by loops."""
     case = grouped(heads, heads)
     batch = data(seed)
-
-    def loss_fn(p: Any, b: Any) -> Any:
-        q, k, v = (jnp.einsum("ntd,dhk->nthk", b["x"], p[name]) for name in "qkv")
-        scores = jnp.einsum("nthk,nshk->nhts", q, k) / 3**0.5
-        weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((4, 4), bool)), scores, -jnp.inf))
-        return squared(jnp.einsum("nhts,nshk,hkd->ntd", weights, v, p["o"]), b)
 
     params = {k: np.asarray(v) for k, v in case.params.items()}
     params["v"], params["o"] = params["v"].copy(), params["o"].copy()
@@ -90,7 +100,7 @@ def plain(heads: int = 2, seed: int = 0) -> tuple[Case, dict[str, np.ndarray]]:
     hidden = np.stack([seen[:, :, h] @ params["v"][:, h] for h in range(heads)], axis=2)
     goal = -2 * (np.einsum("nthc,hcm->ntm", hidden, params["o"]) - y)
     rows = {"seen": seen, "hidden": hidden.reshape(samples, tokens, -1), "goal": goal}
-    return Case(loss_fn, jax.tree.map(jnp.asarray, params), batch, "v", 3, "q"), rows
+    return case._replace(params=jax.tree.map(jnp.asarray, params), batch=batch), rows
 
 
 def statistics_of(case: Case) -> tuple[Any, Any]:
@@ -111,6 +121,37 @@ def test_sums_against_loops():
         np.testing.assert_allclose(record.cross[half], h.T @ v, atol=1e-10)
         np.testing.assert_allclose(record.link[half, 0], b.T @ h, atol=1e-10)
         np.testing.assert_allclose(record.energy_matrix[half], v.T @ v, atol=1e-10)
+
+
+def test_sums_of_queries_and_keys_against_loops():
+    """S, N~, R, G, M and P of every head, from scores and their gradient taken by differences of the loss."""
+    case, rows = plain(seed=1)
+    site = tinyjax.find_sites(case.loss_fn, case.params, case.batch)[case.keys]
+    record = jax.jit(lambda p, b: tinyjax.estimate(case.loss_fn, p, b, site))(case.params, case.batch)
+    x = np.asarray(case.batch["x"])
+    p = {k: np.asarray(v) for k, v in case.params.items()}
+    for h in range(2):
+        gram, gram_out, cross, old, asked, link = (
+            np.zeros(s) for s in ((5, 5), (5, 5), (5, 5), (3, 3), (3, 5), (5, 3))
+        )
+        for i in range(len(x)):
+            q, k, value = x[i] @ p["q"][:, h], x[i] @ p["k"][:, h], x[i] @ p["v"][:, h]
+            for t in range(4):
+                weights = np.exp((q[t] @ k[: t + 1].T) / 3**0.5)
+                weights /= weights.sum()
+                wanted = value[: t + 1] @ p["o"][h] @ rows["goal"][i, t]
+                v = weights * (wanted - weights @ wanted) / 3**0.5  # the softmax, then the scale
+                mean = weights @ x[i, : t + 1]
+                gram += np.outer(x[i, t], x[i, t])
+                old += np.outer(q[t], q[t])
+                link += np.outer(x[i, t], q[t])
+                for s in range(t + 1):
+                    cross += v[s] * np.outer(x[i, t], x[i, s])
+                    asked += v[s] * np.outer(q[t], x[i, s])
+                    gram_out += weights[s] * np.outer(x[i, s] - mean, x[i, s] - mean) / 4
+        wanted = {"gram_prev": gram, "gram_out": gram_out, "cross_prev": cross, "gram": old, "cross": asked}
+        for field, value in (wanted | {"link": link[None]}).items():
+            np.testing.assert_allclose(getattr(record, field)[h].sum(0), value, atol=1e-9, err_msg=field)
 
 
 def test_sums_in_float32():

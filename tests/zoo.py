@@ -556,8 +556,10 @@ def transformer_block() -> Model:
 
     net, batch = Block(), data(5, 4, 5)
     params = f64(net.init(jax.random.key(0), batch["x"]))
-    refused = {"Dense_0": "producers", "MultiHeadDotProductAttention_0/query": "attention"}
-    return Model(mse(net.apply), params, batch, {"up": 6, "MultiHeadDotProductAttention_0/value": 4}, refused)
+    attention = "MultiHeadDotProductAttention_0"
+    refused = {"Dense_0": "producers", f"{attention}/query[1]": "counts attention heads"}
+    growable = {"up": 6, f"{attention}/value": 4, f"{attention}/query": 4}
+    return Model(mse(net.apply), params, batch, growable, refused)
 
 
 @model

@@ -98,16 +98,28 @@ def equinox() -> Case:
     return Case(loss_fn, jitter(arrays), data(), "attend/value_proj", 3, "attend/query_proj")
 
 
-def grouped(queries: int = 4, groups: int = 2) -> Case:
-    """Grouped-query attention in plain JAX, causal, through `jax.nn.dot_product_attention`."""
+def by_hand(q: Any, k: Any, v: Any) -> Any:
+    """Causal grouped-query attention over (samples, tokens, heads, features), the keys repeated for their queries."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("nthk,nshk->nhts", q, k) / q.shape[-1] ** 0.5
+    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    return jnp.einsum("nhts,nshk->nthk", jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)), v)
+
+
+def library(q: Any, k: Any, v: Any) -> Any:
+    """The same by JAX, which rounds scores to float32."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def grouped(queries: int = 4, groups: int = 2, attend: Callable[..., Any] = by_hand) -> Case:
+    """Grouped-query attention in plain JAX, causal."""
     shapes = {"q": (FEATURES, queries, 3), "k": (FEATURES, groups, 3), "v": (FEATURES, groups, 3),
               "o": (queries, 3, OUTPUTS)}  # fmt: skip
     params = jitter({name: jnp.zeros(shape) for name, shape in shapes.items()})
 
     def loss_fn(p: Any, batch: Any) -> Any:
         q, k, v = (jnp.einsum("ntd,dhk->nthk", batch["x"], p[name]) for name in "qkv")
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        return squared(jnp.einsum("nthk,hkd->ntd", attended, p["o"]), batch)
+        return squared(jnp.einsum("nthk,hkd->ntd", attend(q, k, v), p["o"]), batch)
 
     return Case(loss_fn, params, data(), "v", 3, "q")
 

@@ -13,7 +13,16 @@ import numpy as np
 
 from tinyjax.estimate import estimate_batch
 from tinyjax.layout import Params
-from tinyjax.methods import Squares, best_update, bottleneck, held_out, held_out_gain, held_out_update, tiny
+from tinyjax.methods import (
+    Squares,
+    best_update,
+    bottleneck,
+    held_out,
+    held_out_gain,
+    held_out_update,
+    orthonormal,
+    tiny,
+)
 from tinyjax.moves import bounded_squares
 from tinyjax.site import Site, Sites
 from tinyjax.sites import find_sites
@@ -135,6 +144,7 @@ def diagnose(
 
 
 def _summary(num_neurons: int, squares: Squares | None, statistics: Statistics) -> tuple[jax.Array, ...]:
+    statistics, _ = orthonormal(statistics)
     # Neurons are fitted on halves: half of the samples ask for twice the ridge.
     ridge, update_ridge = 2 * held_out(statistics), 2 * held_out_update(statistics)
 

@@ -16,13 +16,15 @@ from tinyjax.along import loss_along
 from tinyjax.births import identity_at_birth, response_moments
 from tinyjax.info import Status
 from tinyjax.layout import Params, named_leaves
-from tinyjax.linalg import inner
+from tinyjax.linalg import inner, matmul
 from tinyjax.methods import (
     Effect,
     Method,
     Neurons,
     Squares,
     effect,
+    in_outputs,
+    orthonormal,
     product,
     refit,
     update_gain,
@@ -216,6 +218,7 @@ def _fit(
     One program fits all samples, the even and the odd ones in turn, at the ridges chosen for all; what a half found is
     scored on the other.
     """
+    statistics, basis = orthonormal(statistics)
     statistics = with_ridges(statistics)
 
     def fit(part: Array) -> tuple[Neurons, Neurons, Array | None]:
@@ -257,7 +260,8 @@ def _fit(
         neurons=inner(mean.cross_prev, product(first.alpha, first.omega, mean.cross.shape[1]))
         + (zero if first.delta is None else inner(mean.cross, first.delta)),
     )
-    return first, delta, report, slopes
+    delta = delta if basis is None or delta is None else matmul(delta, basis.T)
+    return in_outputs(first, basis), delta, report, slopes
 
 
 def _polyak(loss: Array, slope: Array) -> Array:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from jaxtyping import Array
 
 from tinyjax.atoms import Atom, root
+from tinyjax.bilinear import Pair, find_pair, score_op
 from tinyjax.dimensions import Dimensions
 from tinyjax.flow import ROW_BY_ROW, Flow
 from tinyjax.gating import Gate, Ungated, pair_up
@@ -15,10 +16,10 @@ from tinyjax.geometry import Geometry, Unaligned, is_rowwise, lay_out
 from tinyjax.layout import Layout
 from tinyjax.norms import find_norm, roles
 from tinyjax.rowweights import RowWeight, lay_out_weight
-from tinyjax.rules import BETWEEN_ACTIVATIONS
+from tinyjax.rules import BETWEEN_ACTIVATIONS, HEADS
 from tinyjax.site import Kernel, Member, Norm, Site
 from tinyjax.tangent import Tangent, find_tangent
-from tinyjax.trace import Value
+from tinyjax.trace import Op, Value
 from tinyjax.uses import Use
 from tinyjax.wiring import is_view
 
@@ -33,6 +34,7 @@ class Path(NamedTuple):
         weights: what every row was multiplied by between the two.
         gate: the product whose activation multiplies the producer's slot by slot, rows in the same order, or None.
         activation: of the gate, elementwise.
+        pair: the keys, where the producer makes queries and the consumer is the product of both.
         tangent: what lies between the two where rows are mixed or slots come in heads; None where rows are kept.
     """
 
@@ -43,11 +45,18 @@ class Path(NamedTuple):
     gate: Use | None = None
     activation: Callable[[Array], Array] | None = None
     tangent: Tangent | None = None
+    pair: Pair | None = None
 
     def taps(self) -> dict[tuple[int, ...], int]:
         """The operands to record besides those of the uses, by address."""
         weights = {weight.address: weight.operand for weight in self.weights}
-        return weights | ({} if self.tangent is None else dict(self.tangent.taps))
+        taps = dict(weights)
+        tangents = [] if self.pair is None else [self.pair.queries, self.pair.keys]
+        for tangent in tangents if self.tangent is None else [self.tangent]:
+            taps |= tangent.taps
+        if self.pair is not None and self.pair.attention is not None:
+            taps[self.pair.attention.address] = self.pair.attention.operand
+        return taps
 
 
 def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
@@ -57,9 +66,14 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
     paths: tuple[Path, ...] = ()
     found: dict[int, str] = {}
     norm = None
-    if not reason:
+    scores = score_op(model, dimension)
+    if scores is not None and not consumers and dimension not in model.obstructed:
+        reason, paths, found, norm = _query_key(model, scores, producers, dimension)
+    elif not reason:
         reason, paths, found, norm = _paths(model, dimension, producers, consumers)
-    if paths:
+    if paths and paths[0].pair is not None:
+        producers, consumers = [paths[0].producer], [paths[0].pair.key]
+    elif paths:
         producers = [path.producer for path in paths]
         consumers = [consumer for path in paths for consumer in path.consumers]
     gates = [path.gate for path in paths if path.gate is not None]
@@ -79,6 +93,7 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
         consumers=_kernels(model, consumers, dimension),
         stack=stack,
         norm=norm,
+        power=paths[0].pair.power if paths and paths[0].pair is not None else 0.0,
         gate=next(iter(_kernels(model, gates, dimension)), None),
     )
     return site, paths
@@ -89,7 +104,8 @@ def _static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use],
     if dimension in model.obstructed:
         return model.obstructed[dimension]
     if BETWEEN_ACTIVATIONS in dimension.marks:
-        return BETWEEN_ACTIVATIONS
+        heads = len(producers) > 1 and consumers and score_op(model, dimension) is None
+        return HEADS if heads else BETWEEN_ACTIVATIONS
     written, read = list(dict.fromkeys(u.leaf for u in producers)), list(dict.fromkeys(u.leaf for u in consumers))
     both = [leaf for leaf in written if leaf in read]
     if both:
@@ -106,6 +122,21 @@ def _static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use],
     if twice is not None:
         return f"it runs twice through `{model.names[twice]}`"
     return ""
+
+
+def _query_key(
+    model: Dimensions, scores: Op, producers: Sequence[Use], dimension: Atom
+) -> tuple[str, tuple[Path, ...], dict[int, str], Norm | None]:
+    """The path of a query-key dimension, or why it cannot grow."""
+    try:
+        producer, consumer, pair, found, seen = find_pair(model, scores, producers, dimension)
+    except Unaligned as unaligned:
+        return _refusal(str(unaligned))
+    for leaf, _ in model.leaves[dimension]:
+        for op, _ in model.entries.get(leaf, ()):
+            if op not in seen:
+                return _refusal(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
+    return "", (Path(producer, (consumer,), pair=pair),), found, None
 
 
 def _paths(

@@ -34,6 +34,7 @@ class Sums(NamedTuple):
     cross_asked: Array | None = None
     null: Null | None = None
     offset_gram: Array | None = None
+    gram_out: Array | None = None
 
 
 def conv_sums(

@@ -17,10 +17,13 @@ from jaxtyping import Array
 from tinyjax.estimate import estimate_batch, take_samples
 from tinyjax.growth import held_out_best_update
 from tinyjax.layout import Params
+from tinyjax.linalg import matmul
 from tinyjax.methods import (
     Method,
     Neurons,
+    in_outputs,
     is_stochastic,
+    orthonormal,
     refit,
     tiny0,
     with_ridges,
@@ -195,6 +198,7 @@ def _fit(
     method: Method, update: Update | None, num_neurons: int, statistics: Statistics, key: Array | None
 ) -> tuple[Neurons, Neurons, Array | None]:
     """The neurons of one layer with one side in place, with both sides, and the update that goes with them."""
+    statistics, basis = orthonormal(statistics)
     statistics = with_ridges(statistics)
     neurons = method(statistics, num_neurons=num_neurons, key=key)
     delta = neurons.delta
@@ -203,7 +207,9 @@ def _fit(
             raise ValueError("the method brings its own update of the consumer: pass `update=None`")
         delta = update(statistics)
     omega = jnp.where(jnp.any(neurons.alpha != 0), 0, neurons.omega)
-    return neurons._replace(omega=omega, delta=None), refit(statistics, neurons, delta)._replace(delta=None), delta
+    born, full = neurons._replace(omega=omega, delta=None), refit(statistics, neurons, delta)._replace(delta=None)
+    born, full = in_outputs(born, basis), in_outputs(full, basis)
+    return born, full, delta if basis is None or delta is None else matmul(delta, basis.T)
 
 
 def _score(

@@ -32,6 +32,7 @@ ALONG = frozenset(
 
 
 INPUT = "it is an input of the model"
+HEADS = "it counts attention heads, and a whole new head cannot be grown yet"
 BETWEEN_ACTIVATIONS = "it pairs two activations (attention scores?)"
 
 

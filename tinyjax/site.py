@@ -88,6 +88,7 @@ class Site:
         consumers: kernels that contract it.
         stack: lengths of the enclosing scans over layers, outermost first; () for an ordinary site.
         norm: a batch normalisation on the way to the consumers, or None.
+        power: of a query-key dimension whose scores the model multiplies by capacity^-power: `resize` makes up for it.
         gate: the kernel whose activation multiplies the producer's output slot by slot (GLU, SwiGLU), or None.
     """
 
@@ -100,6 +101,7 @@ class Site:
     consumers: tuple[Kernel, ...]
     stack: tuple[int, ...] = ()
     norm: Norm | None = None
+    power: float = 0.0
     gate: Kernel | None = None
 
 

@@ -116,16 +116,16 @@ def _single(model: Dimensions) -> list[tuple[Site, tuple[Path, ...]]]:
 
 
 def _named(model: Dimensions, judged: Sequence[tuple[Site, tuple[Path, ...]]]) -> list[tuple[Site, tuple[Path, ...]]]:
+    """The sites with their names: of several behind one kernel, those that grow come first, then `name[1]`, ..."""
     taken: dict[str, int] = {}
-    named = []
-    for site, paths in judged:
+    names: dict[int, str] = {}
+    for i in sorted(range(len(judged)), key=lambda i: not judged[i][0].growable):
+        site, _ = judged[i]
         leaf = site.producers[0].leaf if site.producers else site.members[0].leaf
         name = _short_name(model, leaf)
         taken[name] = taken.get(name, 0) + 1
-        if taken[name] > 1:
-            name = f"{name}[{taken[name] - 1}]"
-        named.append((dataclasses.replace(site, name=name), paths))
-    return named
+        names[i] = name if taken[name] == 1 else f"{name}[{taken[name] - 1}]"
+    return [(dataclasses.replace(site, name=names[i]), paths) for i, (site, paths) in enumerate(judged)]
 
 
 def _short_name(model: Dimensions, leaf: str) -> str:

@@ -27,6 +27,7 @@ _SUMS = (
     "energy",
     "energy_matrix",
     "cross_asked",
+    "gram_out",
     "null",
     "offset_gram",
 )
@@ -90,6 +91,7 @@ class Statistics:
             None elsewhere.
         heads: how many heads the slots come in, None without.
         spectra: of `gram_prev`, where it is known from earlier growths on the same samples; else None.
+        gram_out: (2, Q, Q) R, the metric on the outputs of a query-key pair; None for the identity.
     """
 
     count: Array
@@ -113,6 +115,7 @@ class Statistics:
     gates: Array | None = None
     spectra: Spectra | None = None
     heads: int | None = dataclasses.field(default=None, metadata={"static": True})
+    gram_out: Array | None = None
 
 
 class Moments(NamedTuple):
@@ -133,6 +136,7 @@ class Moments(NamedTuple):
     offset_gram: Array | None = None
     spectrum: Spectrum | None = None
     other: Array | None = None
+    gram_out: Array | None = None
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.bilinear import Pair
 from tinyjax.capture import Captured, capture
 from tinyjax.judging import Path
 from tinyjax.layout import Layout, Params
 from tinyjax.linalg import matmul, solve
 from tinyjax.methods.heads import cross_at_offsets, energy_at_offsets, gram_at_offsets
 from tinyjax.patches import Sums, conv_sums
+from tinyjax.scores import score_sums
 from tinyjax.site import Site
 from tinyjax.slots import consumers_have_bias, matrices, width
 from tinyjax.statistics import Null, Statistics
@@ -51,6 +53,7 @@ class Rows(NamedTuple):
 def capture_paths(traced: Trace, params: Params, batch: Any, paths: Sequence[Path]) -> Captured:
     """What the rows of all these paths need, in one forward and one backward pass."""
     producers = [path.producer for path in paths] + [path.gate for path in paths if path.gate is not None]
+    producers += [path.pair.projected for path in paths if path.pair is not None]
     consumers = [consumer for path in paths for consumer in path.consumers]
     return capture(
         traced,
@@ -134,6 +137,8 @@ def _path_sums(
     update: Array | None,
 ) -> Sums:
     """The sums of one path: rows with rows, or images through their windows."""
+    if path.pair is not None:
+        return _pair_sums(site, path, path.pair, captured, num_samples)
     x, h, v, weight, gating = path_rows(site, path, captured, num_samples)
     bias_prev, bias = site.producers[0].bias is not None, consumers_have_bias(site)
     if path.tangent is not None:
@@ -180,6 +185,23 @@ def _path_sums(
         offset_gram=offset_gram,
         project=solve if update is None else lambda gram, cross: update,
         signs=signs,
+    )
+
+
+def _pair_sums(site: Site, path: Path, pair: Pair, captured: Captured, num_samples: int) -> Sums:
+    """The sums of queries and keys."""
+    (scores,) = path.consumers
+    x = _matrix(path.producer.inputs, captured.inputs[path.producer.op.path])
+    y = _matrix(pair.projected.inputs, captured.inputs[pair.projected.op.path])
+    x = carry(pair.queries, with_constant(x, site.producers[0].bias is not None), captured.inputs)
+    found = pair.attention
+    return score_sums(
+        pair,
+        x,
+        carry(pair.keys, y, captured.inputs),
+        _matrix(scores.inputs, captured.inputs[scores.op.path]),
+        -num_samples * _matrix(scores.outputs, captured.gradients[scores.op.path])[..., 0],
+        None if found is None else _matrix(found.layout, captured.inputs[found.address])[..., 0],
     )
 
 

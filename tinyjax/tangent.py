@@ -40,7 +40,8 @@ class Tangent(NamedTuple):
         empty: what an empty slot holds, for every value on the way.
         producer: the product, its columns being heads and slots.
         slot: factor of the product's output that counts slots.
-        consumer: the first consumer; its columns are (heads, offsets, slots).
+        read: the value it ends in.
+        layout: of that value; its columns are (heads, offsets, slots).
     """
 
     ops: tuple[Op, ...]
@@ -49,7 +50,8 @@ class Tangent(NamedTuple):
     empty: Mapping[Value, Any]
     producer: Use
     slot: int
-    consumer: Use
+    read: Value
+    layout: Layout
 
 
 def find_tangent(
@@ -82,15 +84,37 @@ def find_tangent(
     if len(heads) > 1 or len(columns) != len(heads) + 1:
         raise Unaligned(f"`{producer.leaf}` produces it together with several other axes")
     consumers = tuple(_heads_first(use, heads, dimension, producer.leaf) for use in consumers)
-    read = consumers[0].input_value
-    ops = _between(graph, flow, producer.op, read)
-    if heads and not any(op.name == "dot_general" for op in ops):
+    first = consumers[0]
+    kept = {dimension, *heads}
+    found = slot_path(graph, axes, wiring, flow, producer, dimension, first.input_value, first.inputs, kept, kernels)
+    if heads and not any(op.name == "dot_general" for op in found.ops):
         # A view into heads whose sizes the model may have written out (pixels of a shuffle): not one to make room in.
         raise Unaligned(f"`{producer.leaf}` produces it together with another axis, not mixed by attention")
+    return found, _heads_as_layers(producer, dimension), consumers
+
+
+def slot_path(
+    graph: Graph,
+    axes: Axes,
+    wiring: Wiring,
+    flow: Flow,
+    producer: Use,
+    dimension: Atom,
+    read: Value,
+    layout: Layout,
+    kept: set[Atom],
+    kernels: frozenset[Op],
+) -> Tangent:
+    """The path of a slot from a product to a value, `layout` being that value's; the `kept` dimensions stay apart.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    ops = _between(graph, flow, producer.op, read)
     taps: dict[Address, int] = {}
     scalars: dict[Value, Any] = {}
     for op in ops:
-        _require_slotwise(axes, flow, producer.op, op, {dimension, *heads})
+        _require_slotwise(axes, flow, producer.op, op, kept)
         if op.name in _SUMS:
             continue
         for i, value in enumerate(op.ins):
@@ -108,8 +132,7 @@ def find_tangent(
         f for f, a in enumerate(producer.output_atoms) if f in producer.outputs.cols and a and root(a) is dimension
     )
     empty = {v: flow.empty[v] for op in ops for v in op.ins if v in flow.mixing}
-    found = Tangent(tuple(ops), taps, scalars, empty, producer, slot, consumers[0])
-    return found, _heads_as_layers(producer, dimension), consumers
+    return Tangent(tuple(ops), taps, scalars, empty, producer, slot, read, layout)
 
 
 def carry(tangent: Tangent, x: Array, recorded: Mapping[Address, Array]) -> Array:
@@ -123,7 +146,7 @@ def carry(tangent: Tangent, x: Array, recorded: Mapping[Address, Array]) -> Arra
     Returns:
         `(*stack, rows of the consumer, heads * offsets, D)`.
     """
-    start, end = tangent.producer.outputs, tangent.consumer.inputs
+    start, end = tangent.producer.outputs, tangent.layout
     inputs, capacity = x.shape[-1], start.factors[tangent.slot]
     chunks = -(-inputs // capacity)
     x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, chunks * capacity - inputs)])
@@ -137,7 +160,7 @@ def carry(tangent: Tangent, x: Array, recorded: Mapping[Address, Array]) -> Arra
         carried = {tangent.producer.op.outs[0]: value.astype(tangent.producer.op.outs[0].dtype)}
         for op in tangent.ops:
             carried[op.outs[0]] = _derivative(tangent, op, carried, recorded)
-        return carried[tangent.consumer.input_value]
+        return carried[tangent.read]
 
     for _ in tangent.producer.op.stack:
         push = jax.vmap(push)

@@ -29,6 +29,8 @@ from tinyjax.methods.how_many import energy as energy
 from tinyjax.methods.how_many import fraction as fraction
 from tinyjax.methods.how_many import rank_trigger as rank_trigger
 from tinyjax.methods.how_many import significant as significant
+from tinyjax.methods.metric import in_outputs as in_outputs
+from tinyjax.methods.metric import orthonormal as orthonormal
 from tinyjax.methods.net2net import net2net as net2net
 from tinyjax.methods.north import north as north
 from tinyjax.methods.north_weight import north_weight as north_weight

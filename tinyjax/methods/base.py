@@ -13,6 +13,7 @@ from jaxtyping import Array
 from tinyjax.linalg import Factor, factor
 from tinyjax.methods.gated import gate_by_gate
 from tinyjax.methods.heads import over_heads
+from tinyjax.methods.metric import in_outputs, orthonormal
 from tinyjax.statistics import Moments, Statistics
 
 Method = Callable[..., "Neurons"]
@@ -60,6 +61,9 @@ def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]
         @functools.wraps(method)
         def method_of_any(statistics: Statistics, *, num_neurons: int, key: Array | None = None, **options: Any) -> Any:
             one = functools.partial(method, **options)
+            if statistics.gram_out is not None:
+                plain, basis = orthonormal(statistics)
+                return in_outputs(one(plain, num_neurons=num_neurons, key=key), basis)
             if statistics.heads is not None:
                 return over_heads(one, statistics, num_neurons=require_count(num_neurons), key=key)
             if statistics.gates is None:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import solve
+from tinyjax.linalg import matmul, solve
+from tinyjax.methods.metric import orthonormal
 from tinyjax.statistics import Moments, Statistics, moments
 
 Ridge = float | Array | Callable[[Statistics], Array]
@@ -40,8 +41,10 @@ def best_update(statistics: Statistics, *, ridge: Ridge = 0.0) -> Array:
 
     Reference: Verbockhaven et al., TMLR 2024, proposition 3.1.
     """
+    statistics, basis = orthonormal(statistics)
     mean = moments(statistics)
-    return solve(mean.gram, mean.cross, resolve(ridge, statistics))
+    delta = solve(mean.gram, mean.cross, resolve(ridge, statistics))
+    return delta if basis is None else matmul(delta, basis.T)
 
 
 def residual_cross(moments: Moments, delta: Array) -> Array:

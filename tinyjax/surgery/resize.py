@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tinyjax.layout import Params, named_leaves, path_name
+from tinyjax.layout import Params, named_leaves, path_name, replace_leaves
 from tinyjax.site import Site, Sites, as_sites, resized
 from tinyjax.slots import (
     NEUTRAL,
@@ -58,6 +58,10 @@ def resize(
     New slots are empty (scale and running variance 1). Cutting removes free slots only, the last ones first; used slots
     move to the front when they would be cut otherwise. Slots keep their order.
 
+    Attention that scales its scores by the root of the query-key dimension would change with the capacity: queries are
+    multiplied by the root of new / old. A factor that happens to be capacity^(-1/2) is taken to follow it. Optimizer
+    states are not rescaled.
+
     Args:
         params: the parameters the sites were found in.
         sites: all sites of the network that share leaves with the resized ones.
@@ -91,16 +95,38 @@ def resize(
         require_concrete(params, "the capacity that a policy chooses")
         capacities = capacities({site.name: int(width(params, site)) for site in sites.growable}, None)
     changes = _changes(params, sites, capacities)
-    new = _resize_like(params, changes, dict.fromkeys(named_leaves(params), ""))
+    new = _rescaled(_resize_like(params, changes, dict.fromkeys(named_leaves(params), "")), sites, capacities)
     result = [new]
     trained = trained_names(trainable, params)
     if optimizer is not None:
         result.append(_paste(opt_state, optimizer.init(trainable(new)), changes, trained))
     if like:
         result.append(
-            tuple(_resize_like(tree, changes, trained | {n: n for n in named_leaves(params)}) for tree in like)
+            tuple(
+                _rescaled(
+                    _resize_like(tree, changes, trained | {n: n for n in named_leaves(params)}), sites, capacities
+                )
+                for tree in like
+            )
         )
     return (*result, resized(sites, capacities))
+
+
+def _rescaled(tree: Any, sites: Sites, capacities: Mapping[str, int]) -> Any:
+    """The tree with queries multiplied by what the model's own scale of the scores loses at another capacity."""
+    factors = {}
+    for name, capacity in capacities.items():
+        site = sites[name]
+        if site.power and capacity != site.capacity:
+            (query,) = site.producers
+            for layout in (query.layout, query.bias):
+                if layout is not None:
+                    factors[layout.leaf] = (capacity / site.capacity) ** site.power
+    if not factors:
+        return tree
+    leaves = named_leaves(tree)
+    scaled = {name: leaves[name] * factor for name, factor in factors.items() if name in leaves}
+    return replace_leaves(tree, {name: x.astype(leaves[name].dtype) for name, x in scaled.items()})
 
 
 def compact(params: Params, sites: Sites | Sequence[Site] | Site) -> tuple[Params, dict[str, int]]:
