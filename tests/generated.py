@@ -344,6 +344,7 @@ class _Draft:
         form = self.pick("unit", "sample", "fixed")
         if "key" not in self.batch:
             form = "fixed"
+        self.smooth = False  # a slope of 1 / 0.7
 
         def step(p: Any, x: Any, batch: Any) -> Any:
             key = jax.random.key(0) if form == "fixed" else batch["key"]
@@ -513,6 +514,7 @@ class _Draft:
 
     def maxout(self, shape: tuple[int, ...]) -> Step:
         w = self.leaf("w", shape[-1], 2 * self.width())
+        self.steep = True  # no slope where both halves are zero, as behind dead neurons
         return self.tell("maxout", lambda p, x, b: (x @ p[w]).reshape(*x.shape[:-1], -1, 2).max(-1))
 
     def shared(self, shape: tuple[int, ...]) -> Step:

@@ -195,7 +195,7 @@ def _pair_sums(site: Site, path: Path, pair: Pair, captured: Captured, num_sampl
     y = _matrix(pair.projected.inputs, captured.inputs[pair.projected.op.path])
     x = carry(pair.queries, with_constant(x, site.producers[0].bias is not None), captured.inputs)
     found = pair.attention
-    return score_sums(
+    sums = score_sums(
         pair,
         x,
         carry(pair.keys, y, captured.inputs),
@@ -203,6 +203,10 @@ def _pair_sums(site: Site, path: Path, pair: Pair, captured: Captured, num_sampl
         -num_samples * _matrix(scores.outputs, captured.gradients[scores.op.path])[..., 0],
         None if found is None else _matrix(found.layout, captured.inputs[found.address])[..., 0],
     )
+    depth = len(pair.projected.op.stack)
+    if len(site.stack) > depth:
+        return sums
+    return jax.tree.map(lambda x: jnp.squeeze(x, depth), sums)  # one key for all heads: no layers
 
 
 def heads_of(site: Site) -> int | None:
