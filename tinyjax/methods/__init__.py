@@ -32,6 +32,10 @@ from tinyjax.methods.how_many import significant as significant
 from tinyjax.methods.metric import in_outputs as in_outputs
 from tinyjax.methods.metric import orthonormal as orthonormal
 from tinyjax.methods.net2net import net2net as net2net
+from tinyjax.methods.new_head import Projections as Projections
+from tinyjax.methods.new_head import Tokens as Tokens
+from tinyjax.methods.new_head import find_heads as find_heads
+from tinyjax.methods.new_head import value_neurons as value_neurons
 from tinyjax.methods.north import north as north
 from tinyjax.methods.north_weight import north_weight as north_weight
 from tinyjax.methods.query_key import QueryKeyMoments as QueryKeyMoments
