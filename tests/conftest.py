@@ -29,8 +29,13 @@ MOST_MAPS = 20_000
 
 @pytest.fixture(autouse=True, scope="module")
 def few_compiled_programs():
-    """Drops compiled programs before they exhaust what Linux maps for a process (65,530): XLA would crash there."""
+    """Drops compiled programs before they exhaust what Linux maps for a process (65,530): XLA would crash there.
+
+    Programs that stay are out of the garbage collector's sight: it would walk them all again at every collection.
+    """
     yield
     if MAPS.exists() and MAPS.read_text().count("\n") > MOST_MAPS:
         jax.clear_caches()
+        gc.unfreeze()
         gc.collect()
+    gc.freeze()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.xdist_group("killed")  # one process sets up for all
 SCRIPT = Path(__file__).parent / "killed_run.py"
 
 
@@ -34,7 +35,7 @@ def start(folder, steps, cache, *, fill_cache=False):
 
 def finish(process):
     """What the process printed last on standard error; it must have ended by itself, and well."""
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors
     return errors
 
@@ -104,7 +105,7 @@ def test_an_interrupt_finishes_the_step_and_says_how_to_go_on(unbroken, tmp_path
     process = start(tmp_path / "run", 30, root / "cache")
     follow(process, 3)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=1800)
     assert process.returncode == 1 and "run the same command to go on" in errors and "Traceback" not in errors
     finish(start(tmp_path / "run", 30, root / "cache"))
     same(tmp_path / "run", root / "run")

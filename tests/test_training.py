@@ -47,10 +47,11 @@ def thin():
 
 
 OPTIMIZER = tinyjax.with_birth(optax.adam(1e-2))
+PROGRAMS = {}  # runs of the same loss at the same sites compile once
 
 
 def fit(params, batches, schedule, *, num_neurons=3, key=0, growth_samples=32, loss=loss_fn, **options):
-    options = dict(num_neurons=num_neurons, growth_samples=growth_samples) | options
+    options = dict(num_neurons=num_neurons, growth_samples=growth_samples, programs=PROGRAMS) | options
     return list(tinyjax.fit(loss, params, iter(batches), OPTIMIZER, schedule, jax.random.key(key), **options))
 
 
