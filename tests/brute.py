@@ -11,8 +11,8 @@ from tinyjax.estimate import estimate
 from tinyjax.layout import named_leaves
 from tinyjax.methods.base import Neurons
 from tinyjax.sites import find_sites
-from tinyjax.slots import cols, rows
-from tinyjax.surgery.write import thin, write
+from tinyjax.slots import cols, num_inputs, rows
+from tinyjax.surgery.write import lead, thin, write
 
 STEP = 1e-5
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -55,12 +55,8 @@ def inspect(model: Any, slope: float = 1.0) -> dict[str, Report]:
         for site, k in zip(sites, jax.random.split(key, len(sites))):
             start = thin(params, site, site.capacity - 1)
             variants.append(start)
-            (producer,) = site.producers
             ka, ko = jax.random.split(k)
-            layers = [producer.layout.factors[f] for f in producer.layout.stack]
-            alpha = jax.random.normal(
-                ka, (*layers, rows(producer) + (producer.bias is not None), 1), start_dtype(params)
-            )
+            alpha = jax.random.normal(ka, (*lead(site.producers[0]), num_inputs(site), 1), start_dtype(params))
             fan_out = sum(rows(c) // site.capacity * cols(c) for c in site.consumers)
             omega = jax.random.normal(ko, (*site.stack, 1, fan_out), start_dtype(params))
             drawn[site.name] = alpha, omega

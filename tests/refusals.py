@@ -144,8 +144,11 @@ refuse("two_row_orders", lambda p, b: (lambda h: h @ p["u"] + h.swapaxes(0, 1) @
        "told apart", draw(v=(4, 3)), x4)  # fmt: skip
 refuse("tied", lambda p, b: hidden(p, b["x"]) @ p["w"].T, "tied")
 refuse("recurrence", lambda p, b: jax.lax.scan(
-    lambda s, x: ((h := jnp.tanh(x @ p["w"] + s @ p["r"])), h @ p["u"]), jnp.zeros((6, 4)), b["x"].swapaxes(0, 1))[1],
-    "recurrence", draw(r=(4, 4)))  # fmt: skip
+    lambda s, x: ((h := s / 2 + jnp.tanh(x @ p["w"] + s @ p["r"])), h @ p["u"]), jnp.zeros((6, 4)),
+    b["x"].swapaxes(0, 1))[1], "a residual state", draw(r=(4, 4)))  # fmt: skip
+refuse("gated_recurrence", lambda p, b: jax.lax.scan(
+    lambda s, x: ((h := jnp.tanh(x @ p["w"] + s @ p["r"]) * jnp.tanh(x @ p["w"] + s @ p["t"])), h @ p["u"]),
+    jnp.zeros((6, 4)), b["x"].swapaxes(0, 1))[1], "2 kernels write and read", draw(r=(4, 4), t=(4, 4)))  # fmt: skip
 refuse("embedding", lambda p, b: jnp.tanh(p["w"][b["y"]]) @ p["u"], {"u": "embedding"}, draw(w=(7, 4)), labelled(6, 5))
 refuse("experts", lambda p, b: jax.vmap(lambda w, u: jnp.tanh(b["x"] @ w) @ u, out_axes=2)(p["w"], p["u"]),
        {"w[1]": "batch of kernels"}, draw(w=(2, 5, 4), u=(2, 4, 3)))  # fmt: skip

@@ -20,7 +20,7 @@ from tinyjax.estimate import estimate
 from tinyjax.methods import Neurons
 from tinyjax.site import Kernel, Site, Sites, resized
 from tinyjax.sites import find_sites
-from tinyjax.slots import COUNTED, cols, rows
+from tinyjax.slots import COUNTED, cols, num_inputs, rows
 from tinyjax.statistics import Statistics
 from tinyjax.surgery import resize, thin, write
 from tinyjax.surgery.write import lead
@@ -43,8 +43,7 @@ def inputs(kernel: Kernel) -> int:
 def draw(site: Site, rng: np.random.Generator) -> tuple[Any, Any]:
     """Fan-in and fan-out of a random neuron."""
     outputs = sum(rows(c) // site.capacity * cols(c) for c in site.consumers)
-    (producer,) = site.producers
-    alpha = rng.normal(size=(*lead(producer), inputs(producer), 1))
+    alpha = rng.normal(size=(*lead(site.producers[0]), num_inputs(site), 1))
     return alpha, rng.normal(size=(*site.stack, 1, outputs))
 
 

@@ -343,7 +343,7 @@ def scan_over_time() -> Model:
 
 @model
 def recurrent_head() -> Model:
-    """A recurrence refused, and beside it an inner layer of the cell that can grow."""
+    """A recurrence, and beside it an inner layer of the cell."""
     params = draw(w=(5, 4), b=(4,), u=(4, 3), r=(3, 3), o=(3, 2))
 
     def apply(p, x):
@@ -354,7 +354,7 @@ def recurrent_head() -> Model:
         zero = jnp.zeros((x.shape[0], 3), x.dtype)
         return jax.lax.scan(cell, zero, x.swapaxes(0, 1))[1].swapaxes(0, 1)
 
-    return Model(mse(apply), params, data(6, 4, 5, outputs=2), {"w": 4}, {"u": "recurrence"})
+    return Model(mse(apply), params, data(6, 4, 5, outputs=2), {"w": 4, "u": 3})
 
 
 # Gated units

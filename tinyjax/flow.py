@@ -8,7 +8,7 @@ slot holds there.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -327,22 +327,12 @@ class Flow:
         if op.name == "dot_general":
             return 0 if any(k is not None and k == 0 for v, k in zip(op.ins, known) if v in self.mixing) else None
         if op.name in ELEMENTWISE and all(k is not None for k in known) and op.eqn is not None:
-            with jax.ensure_compile_time_eval():
-                return op.eqn.primitive.bind(*[np.asarray(k, v.dtype) for k, v in zip(known, op.ins)], **op.params)
+            return at_numbers(op, known)
         return None
 
     def _is_steep(self, op: Op) -> bool:
         """Whether an operation has an infinite slope at an empty slot: times a gradient of zero that would be NaN."""
-        if op.name not in _STEEP or op.eqn is None or "custom_jvp_call" in op.inside:
-            return False
-        known, eqn = [self._known(v, False) for v in op.ins], op.eqn
-        if any(k is None for k in known):
-            return False
-        points = [np.asarray(k, v.dtype) for k, v in zip(known, op.ins)]
-        tangents = [np.asarray(v in self.mixing, v.dtype) for v in op.ins]
-        with jax.ensure_compile_time_eval():
-            _, slope = jax.jvp(lambda *ins: eqn.primitive.bind(*ins, **op.params), points, tangents)
-        return not np.isfinite(slope)
+        return is_steep(op, [self._known(v, False) for v in op.ins], [v in self.mixing for v in op.ins])
 
     def _known(self, value: Value, shifts: bool) -> Any:
         """What an empty slot holds in an operand; a parameter vector that is *added* (`shifts`) is zero there."""
@@ -375,6 +365,25 @@ class Flow:
         if value is not None and value == 0:
             return
         self.culprit[out] = earlier[0] if earlier else op.name
+
+
+def at_numbers(op: Op, known: Sequence[Any]) -> Any:
+    """What an elementwise operation makes of numbers."""
+    assert op.eqn is not None
+    with jax.ensure_compile_time_eval():
+        return np.asarray(op.eqn.primitive.bind(*[np.asarray(k, v.dtype) for k, v in zip(known, op.ins)], **op.params))
+
+
+def is_steep(op: Op, known: Sequence[Any], moving: Sequence[bool]) -> bool:
+    """Whether an operation has an infinite slope at these numbers (None: not known) along those that move."""
+    if op.name not in _STEEP or op.eqn is None or "custom_jvp_call" in op.inside or any(k is None for k in known):
+        return False
+    eqn = op.eqn
+    points = [np.asarray(k, v.dtype) for k, v in zip(known, op.ins)]
+    tangents = [np.asarray(moves, v.dtype) for moves, v in zip(moving, op.ins)]
+    with jax.ensure_compile_time_eval():
+        _, slope = jax.jvp(lambda *ins: eqn.primitive.bind(*ins, **op.params), points, tangents)
+    return not np.isfinite(slope)
 
 
 def _is_elementwise(op: Op) -> bool:

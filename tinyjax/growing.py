@@ -96,7 +96,9 @@ def grow_site(
         return write(params, site, signed, amplitude=jnp.abs(gamma), limit=wanted, birth=norm_at(gamma))
 
     # Fan-in and fan-out grow with the signed root of the amplitude; a delta and a normalisation do not.
-    straight = _leaves(site.producers if neurons.delta is not None else (*site.producers, *site.consumers))
+    straight = _leaves((*site.producers, *site.consumers))
+    if neurons.delta is not None:
+        straight -= _leaves(site.consumers)
     loss_at = _loss_along(
         recipe, recipe.amplitude, parts, params, lambda root: grown(jnp.sign(root) * root**2)[0], straight
     )

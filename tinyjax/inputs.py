@@ -84,4 +84,4 @@ def _is_data(discovery: Discovery, path: Path) -> bool:
     for op in reversed(discovery.graph.ops):
         if any(value in needed for value in op.outs):
             needed.update(op.ins)
-    return not path.weights and not any(value in needed for value in discovery.graph.params)
+    return path.cell is None and not path.weights and not any(value in needed for value in discovery.graph.params)

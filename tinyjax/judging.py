@@ -15,6 +15,7 @@ from tinyjax.gating import Gate, Ungated, pair_up
 from tinyjax.geometry import Geometry, Unaligned, is_rowwise, lay_out
 from tinyjax.layout import Layout
 from tinyjax.norms import find_norm, roles
+from tinyjax.recurrence import Cell, find_recurrence
 from tinyjax.rowweights import RowWeight, lay_out_weight
 from tinyjax.rules import BETWEEN_ACTIVATIONS, HEADS
 from tinyjax.site import Kernel, Member, Norm, Site
@@ -35,6 +36,7 @@ class Path(NamedTuple):
         gate: the product whose activation multiplies the producer's slot by slot, rows in the same order, or None.
         activation: of the gate, elementwise.
         pair: the keys, where the producer makes queries and the consumer is the product of both.
+        cell: of recurrent units, what the producer is added to and which of its results the consumers read, or None.
         tangent: what lies between the two where rows are mixed or slots come in heads; None where rows are kept.
     """
 
@@ -46,6 +48,7 @@ class Path(NamedTuple):
     activation: Callable[[Array], Array] | None = None
     tangent: Tangent | None = None
     pair: Pair | None = None
+    cell: Cell | None = None
 
     def taps(self) -> dict[tuple[int, ...], int]:
         """The operands to record besides those of the uses, by address."""
@@ -69,10 +72,17 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
     scores = score_op(model, dimension)
     if scores is not None and not consumers and dimension not in model.obstructed:
         reason, paths, found, norm = _query_key(model, scores, producers, dimension)
+    elif _recurs(model, dimension, producers, consumers):
+        reason, paths, found, norm = _recurrent(model, dimension, producers, consumers)
     elif not reason:
         reason, paths, found, norm = _paths(model, dimension, producers, consumers)
     if paths and paths[0].pair is not None:
         producers, consumers = [paths[0].producer], [paths[0].pair.key]
+    elif paths and paths[0].cell is not None:
+        leaves = list(dict.fromkeys(use.leaf for use in producers))
+        made = [use for path in paths if path.cell is not None for use in path.cell.terms.values()]
+        producers = sorted(made, key=lambda use: leaves.index(use.leaf))
+        consumers = [consumer for path in paths for consumer in path.consumers]
     elif paths:
         producers = [path.producer for path in paths]
         consumers = [consumer for path in paths for consumer in path.consumers]
@@ -89,12 +99,12 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
         growable=not reason,
         reason=reason,
         members=members,
-        producers=_kernels(model, producers, dimension),
-        consumers=_kernels(model, consumers, dimension),
+        producers=_kernels(model, producers, dimension, "cols"),
+        consumers=_kernels(model, consumers, dimension, "rows"),
         stack=stack,
         norm=norm,
         power=paths[0].pair.power if paths and paths[0].pair is not None else 0.0,
-        gate=next(iter(_kernels(model, gates, dimension)), None),
+        gate=next(iter(_kernels(model, gates, dimension, "cols")), None),
     )
     return site, paths
 
@@ -109,7 +119,7 @@ def _static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use],
     written, read = list(dict.fromkeys(u.leaf for u in producers)), list(dict.fromkeys(u.leaf for u in consumers))
     both = [leaf for leaf in written if leaf in read]
     if both:
-        return f"`{both[0]}` both writes and reads it (a recurrence or tied weights)"
+        return f"`{both[0]}` both writes and reads it (tied weights)"
     if len(written) not in (1, 2):
         return f"{len(written)} producers" + (" (a residual stream?)" if written else " (an embedding?)")
     for use in (*producers, *consumers):
@@ -122,6 +132,29 @@ def _static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use],
     if twice is not None:
         return f"it runs twice through `{model.names[twice]}`"
     return ""
+
+
+def _recurs(model: Dimensions, dimension: Atom, producers: Sequence[Use], consumers: Sequence[Use]) -> bool:
+    """Whether a leaf reads the dimension along one of its axes and writes it along another."""
+    both = {use.leaf for use in producers} & {use.leaf for use in consumers}
+    repeated = [model.names[leaf] for leaf, _ in model.leaves[dimension]]
+    return dimension not in model.obstructed and any(repeated.count(leaf) > 1 for leaf in both)
+
+
+def _recurrent(
+    model: Dimensions, dimension: Atom, producers: Sequence[Use], consumers: Sequence[Use]
+) -> tuple[str, tuple[Path, ...], dict[int, str], Norm | None]:
+    """The cells of a recurrent dimension, or why it cannot grow."""
+    try:
+        found = find_recurrence(model, dimension, producers, consumers)
+    except Unaligned as unaligned:
+        return _refusal(f"it recurs, and {unaligned}")
+    for leaf, _ in model.leaves[dimension]:
+        for op, _ in model.entries.get(leaf, ()):
+            if op not in found.seen:
+                return _refusal(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
+    paths = (Path(next(iter(cell.terms.values())), readers, cell=cell) for cell, readers in found.cells)
+    return "", tuple(paths), found.found, None
 
 
 def _query_key(
@@ -307,21 +340,26 @@ def _member(
 ) -> Member:
     _, sizes, numbers = model.factors[leaf]
     name = model.names[leaf]
-    for uses, role in ((model.producing, "fan_in"), (model.consuming, "fan_out")):
+    for uses, role, side in ((model.producing, "fan_in", "cols"), (model.consuming, "fan_out", "rows")):
         for use in uses.get(dimension, []):
-            if use.leaf == name and use.kernel.factors:
+            if use.leaf == name and factor in getattr(use.kernel, side):
                 return Member(_with_slot(use.kernel, factor), "gate" if name == gate else role)
     stack = tuple(f for f, number in enumerate(numbers) if number < model.depth(leaf))
     rest = tuple(f for f in range(len(sizes)) if f not in (*stack, factor))
     return Member(Layout(name, sizes, numbers, factor, stack, rest, (factor,)), found.get(leaf, "other"))
 
 
-def _kernels(model: Dimensions, uses: Sequence[Use], dimension: Atom) -> tuple[Kernel, ...]:
-    factor_of = {model.names[leaf]: factor for leaf, factor in model.leaves[dimension]}
+def _kernels(model: Dimensions, uses: Sequence[Use], dimension: Atom, side: str) -> tuple[Kernel, ...]:
+    """The kernels of some uses, whose slots are on one side of their matrices."""
+    factors = [(model.names[leaf], factor) for leaf, factor in model.leaves[dimension]]
+
+    def slotted(layout: Layout, among: tuple[int, ...]) -> Layout:
+        return _with_slot(layout, next((f for leaf, f in factors if leaf == layout.leaf and f in among), None))
+
     kernels, positions = {}, {}
     for use in uses:
-        bias = use.bias if use.bias is None else _with_slot(use.bias, factor_of.get(use.bias.leaf))
-        kernels.setdefault(use.leaf, Kernel(_with_slot(use.kernel, factor_of.get(use.leaf)), bias))
+        bias = use.bias if use.bias is None else slotted(use.bias, use.bias.cols)
+        kernels.setdefault(use.leaf, Kernel(slotted(use.kernel, getattr(use.kernel, side)), bias))
         positions.setdefault(use.leaf, {})[use.op.path] = math.prod(use.outputs.factors[f] for f in use.outputs.rows)
     num_samples = model.axes.samples.size
     return tuple(

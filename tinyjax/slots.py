@@ -76,8 +76,9 @@ def matrices(params: Params, site: Site) -> tuple[Float[Array, "*L D C"], Float[
         site: a growable site.
 
     Returns:
-        `weight_prev` `(*stack, D, capacity)`, bias as last row iff the producer has one; `weight` `(*stack, H, M)`, the
-        consumers side by side in the order of `site.consumers`, bias as last row iff all of them have one.
+        `weight_prev` `(*stack, D, capacity)`, the producers (several where their products are added) one below the
+        other, bias as last row iff there is one; `weight` `(*stack, H, M)`, the consumers side by side in the order of
+        `site.consumers`, bias as last row iff all of them have one.
 
     Raises:
         ValueError: for a site that cannot grow, or consumers whose inputs have different sizes.
@@ -91,7 +92,26 @@ def matrices(params: Params, site: Site) -> tuple[Float[Array, "*L D C"], Float[
         )
     with_bias = consumers_have_bias(site)
     blocks = [_matrix(leaves, kernel, with_bias) for kernel in site.consumers]
-    return _matrix(leaves, site.producers[0], True), jnp.concatenate(blocks, axis=-1)
+    fans_in = [kernel.layout.to_matrix(leaves[kernel.leaf]) for kernel in site.producers]
+    biases = [k.bias.to_matrix(leaves[k.bias.leaf]) for k in site.producers if k.bias is not None]
+    if biases:
+        fans_in.append(sum(biases[1:], biases[0]))
+    return jnp.concatenate(fans_in, axis=-2), jnp.concatenate(blocks, axis=-1)
+
+
+def producers_have_bias(site: Site) -> bool:
+    """Whether a neuron's fan-in ends with a bias."""
+    return any(kernel.bias is not None for kernel in site.producers)
+
+
+def num_inputs(site: Site) -> int:
+    """Length of a neuron's fan-in, the bias counted."""
+    return sum(rows(kernel) for kernel in site.producers) + producers_have_bias(site)
+
+
+def recurrent_leaves(site: Site) -> frozenset[str]:
+    """Kernels that both write and read the dimension: their rows and their columns are slots."""
+    return frozenset(k.leaf for k in site.producers) & frozenset(k.leaf for k in site.consumers)
 
 
 def consumers_have_bias(site: Site) -> bool:
@@ -113,9 +133,10 @@ def require_growable(site: Site) -> None:
     """Raises the reason why a site cannot grow, as a ValueError."""
     if not site.growable:
         raise ValueError(f"site `{site.name}` cannot grow: {site.reason}. Pass `sites.growable` to leave it out.")
-    (producer,) = site.producers
-    if producer.layout.cols != (producer.layout.slot,):
-        raise ValueError(f"site `{site.name}` cannot grow: a slot is several columns of the producer `{producer.leaf}`")
+    for producer in site.producers:
+        if producer.layout.cols != (producer.layout.slot,):
+            why = f"a slot is several columns of the producer `{producer.leaf}`"
+            raise ValueError(f"site `{site.name}` cannot grow: {why}")
 
 
 def gates(site: Site) -> tuple[Kernel, ...]:

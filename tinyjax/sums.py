@@ -15,9 +15,11 @@ from tinyjax.layout import Layout, Params
 from tinyjax.linalg import matmul, solve
 from tinyjax.methods.heads import cross_at_offsets, energy_at_offsets, gram_at_offsets
 from tinyjax.patches import Sums, conv_sums
+from tinyjax.recurrence import Cell
 from tinyjax.scores import score_sums
 from tinyjax.site import Site
-from tinyjax.slots import consumers_have_bias, matrices, width
+from tinyjax.slots import cols, consumers_have_bias, matrices, producers_have_bias, rows, width
+from tinyjax.states import NONE
 from tinyjax.statistics import Null, Statistics
 from tinyjax.tangent import carry
 from tinyjax.trace import Trace
@@ -54,6 +56,7 @@ def capture_paths(traced: Trace, params: Params, batch: Any, paths: Sequence[Pat
     """What the rows of all these paths need, in one forward and one backward pass."""
     producers = [path.producer for path in paths] + [path.gate for path in paths if path.gate is not None]
     producers += [path.pair.projected for path in paths if path.pair is not None]
+    producers += [term for path in paths if path.cell is not None for term in path.cell.terms.values()]
     consumers = [consumer for path in paths for consumer in path.consumers]
     return capture(
         traced,
@@ -70,6 +73,8 @@ def _distinct(uses: Sequence[Use]) -> list[Use]:
 
 def path_rows(site: Site, path: Path, captured: Captured, num_samples: int) -> Rows:
     """The rows of one path, in float32 at least."""
+    if path.cell is not None:
+        return _cell_rows(site, path, path.cell, captured, num_samples)
     x = _matrix(path.producer.inputs, captured.inputs[path.producer.op.path])
     first = path.consumers[0]
     h = _matrix(first.inputs, captured.inputs[first.op.path])
@@ -82,6 +87,36 @@ def path_rows(site: Site, path: Path, captured: Captured, num_samples: int) -> R
         gating = _matrix(path.gate.inputs, captured.inputs[path.gate.op.path])
         gating = with_constant(gating, site.gate.bias is not None)
     return Rows(x, h, v, weight, gating)
+
+
+def _cell_rows(site: Site, path: Path, cell: Cell, captured: Captured, num_samples: int) -> Rows:
+    """The rows of the states of a recurrence that are read, in (samples, other axes, steps)."""
+    terms = {leaf: _by_step(use.inputs, captured.inputs[use.op.path], cell.length) for leaf, use in cell.terms.items()}
+    one = next(iter(terms.values()))
+    num_rows, dtype = len(one), one.dtype
+    blocks = [
+        terms[kernel.leaf] if kernel.leaf in terms else jnp.zeros((num_rows, cell.length, rows(kernel)), dtype)
+        for kernel in site.producers
+    ]
+    h = jnp.zeros((num_rows, cell.length, site.capacity), dtype)
+    goals = {kernel.leaf: jnp.zeros((num_rows, cell.length, cols(kernel)), dtype) for kernel in site.consumers}
+    for use, steps in zip(path.consumers, cell.reads):
+        at = [place for place, step in enumerate(steps) if step != NONE]
+        states = jnp.array([steps[place] for place in at])
+        heard = _by_step(use.inputs, captured.inputs[use.op.path], len(steps))[:, at]
+        asked = -num_samples * _by_step(use.outputs, captured.gradients[use.op.path], len(steps))[:, at]
+        h = h.at[:, states].set(heard)
+        goals[use.leaf] = goals[use.leaf].at[:, states].add(asked)
+    read = sorted({step for steps in cell.reads for step in steps} - {NONE})
+    parts = jnp.concatenate(blocks, -1), h, jnp.concatenate(list(goals.values()), -1)
+    x, h, v = (part[:, jnp.array(read)].reshape(num_rows * len(read), -1) for part in parts)
+    return Rows(x, h, v, None, None)
+
+
+def _by_step(layout: Layout, array: Array, num_steps: int) -> Array:
+    """A captured array as `(rows, steps, cols)`."""
+    matrix = _matrix(layout, array)
+    return matrix.reshape(-1, num_steps, matrix.shape[-1])
 
 
 def site_sums(
@@ -118,7 +153,7 @@ def site_sums(
         weight_prev=weight_prev.astype(dtype),
         weight=weight.astype(dtype),
         width=jnp.broadcast_to(width(params, site), site.stack),
-        bias_prev=site.producers[0].bias is not None,
+        bias_prev=producers_have_bias(site),
         bias=consumers_have_bias(site),
         gates=gates,
         heads=heads_of(site),
@@ -140,7 +175,7 @@ def _path_sums(
     if path.pair is not None:
         return _pair_sums(site, path, path.pair, captured, num_samples)
     x, h, v, weight, gating = path_rows(site, path, captured, num_samples)
-    bias_prev, bias = site.producers[0].bias is not None, consumers_have_bias(site)
+    bias_prev, bias = producers_have_bias(site), consumers_have_bias(site)
     if path.tangent is not None:
         recorded = {address: captured.inputs[address] for address in path.tangent.taps}
         seen = carry(path.tangent, with_constant(x, bias_prev), recorded)
@@ -193,7 +228,7 @@ def _pair_sums(site: Site, path: Path, pair: Pair, captured: Captured, num_sampl
     (scores,) = path.consumers
     x = _matrix(path.producer.inputs, captured.inputs[path.producer.op.path])
     y = _matrix(pair.projected.inputs, captured.inputs[pair.projected.op.path])
-    x = carry(pair.queries, with_constant(x, site.producers[0].bias is not None), captured.inputs)
+    x = carry(pair.queries, with_constant(x, producers_have_bias(site)), captured.inputs)
     found = pair.attention
     sums = score_sums(
         pair,

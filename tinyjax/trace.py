@@ -142,10 +142,11 @@ class Value:
 
 
 class Scan(NamedTuple):
-    """A scan: its path and its number of steps."""
+    """A scan: its path, its number of steps, and whether it begins with the last one."""
 
     path: tuple[int, ...]
     length: int
+    reverse: bool
 
 
 @dataclasses.dataclass(eq=False, frozen=True)
@@ -289,7 +290,7 @@ def _inline(
         elif name == "scan":
             body, body_consts = subjaxpr(eqn)
             num_consts, num_carry = scan_counts(eqn)
-            deeper = (*scans, Scan(at, eqn.params["length"]))
+            deeper = (*scans, Scan(at, eqn.params["length"], eqn.params["reverse"]))
             first_x = num_consts + num_carry
             inner = args[:num_consts]
             inner += [

@@ -5,7 +5,7 @@ slots of a site, inside `jit`, `scan` or `vmap`; `thin` empties slots so that a 
 starts narrow. Both touch only the entries of the slots concerned.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ from tinyjax.slots import (
     consumers_have_bias,
     free_slots,
     gates,
+    num_inputs,
     per_site,
+    recurrent_leaves,
     require_growable,
     rows,
     site_leaves,
@@ -141,7 +143,6 @@ def write(
     leaves = site_leaves(params, site)
     delta = neurons.delta if delta is None else delta
     _check_shapes(site, neurons, delta)
-    (producer,) = site.producers
     free = free_slots(params, site)
     num_neurons = neurons.alpha.shape[-1]
     slot = jnp.arange(site.capacity)
@@ -150,14 +151,14 @@ def write(
     written = free & (rank < num_neurons) & (rank < (num_neurons if limit is None else limit))
     index = jnp.clip(rank, 0, num_neurons - 1)
     fan_in, fan_out = _in_slots(site, neurons, index, jnp.asarray(amplitude, neurons.alpha.dtype))
-    fan_in = fan_in.astype(leaves[producer.leaf].dtype)
-    fan_out = fan_out.astype(leaves[site.consumers[0].leaf].dtype)
+    fan_in = _among_used(site, fan_in, ~free, site.producers, -2).astype(leaves[site.producers[0].leaf].dtype)
+    fan_out = _among_used(site, fan_out, ~free, site.consumers, -1).astype(leaves[site.consumers[0].leaf].dtype)
     written &= _nonzero(fan_in, -1) | _nonzero(fan_out, -2)
 
-    leaves |= _fanned_in(leaves, producer, fan_in, written)
+    leaves |= _fanned_in(leaves, site.producers, fan_in, written)
     if site.gate is not None and neurons.gate is not None:
         gate = jnp.take(neurons.gate, index, axis=-1, mode="clip").astype(leaves[site.gate.leaf].dtype)
-        leaves |= _fanned_in(leaves, site.gate, gate, written)
+        leaves |= _fanned_in(leaves, [site.gate], gate, written)
     first = 0
     for kernel in site.consumers:
         matrix = _fan_out_matrix(kernel.layout, fan_out[..., first : first + _fan_out_size(kernel)])
@@ -206,20 +207,44 @@ def _updated(
     return new
 
 
-def _fanned_in(leaves: Mapping[str, Array], kernel: Kernel, fan_in: Array, written: Array) -> dict[str, Array]:
-    """The leaves of a producer with the columns of the written slots replaced, bias row last iff it has a bias."""
-    depth = rows(kernel)
-    new = {kernel.leaf: _paste(kernel.layout, leaves[kernel.leaf], fan_in[..., :depth, :], written)}
-    if kernel.bias is not None:
-        new[kernel.bias.leaf] = _paste(kernel.bias, leaves[kernel.bias.leaf], fan_in[..., depth:, :], written)
+def _fanned_in(
+    leaves: Mapping[str, Array], kernels: Sequence[Kernel], fan_in: Array, written: Array
+) -> dict[str, Array]:
+    """The leaves of producers whose products are added, with the columns of the written slots replaced.
+
+    The bias row, last iff there is one, goes to the first of them that has a bias.
+    """
+    new: dict[str, Array] = {}
+    first = 0
+    for kernel in kernels:
+        block = fan_in[..., first : first + rows(kernel), :]
+        new[kernel.leaf] = _paste(kernel.layout, leaves[kernel.leaf], block, written)
+        first += rows(kernel)
+    bias = fan_in[..., first:, :]
+    for kernel in kernels:
+        if kernel.bias is not None:
+            new[kernel.bias.leaf] = _paste(kernel.bias, leaves[kernel.bias.leaf], bias, written)
+            bias = jnp.zeros_like(bias)
     return new
+
+
+def _among_used(site: Site, fan: Array, used: Array, kernels: Sequence[Kernel], axis: int) -> Array:
+    """Fans of new neurons without what they have to do with free slots, each other included, in a recurrent kernel."""
+    if not (recurrent := recurrent_leaves(site)):
+        return fan
+    own = used.astype(fan.dtype)
+    sizes = [cols(kernel) if axis == -1 else rows(kernel) for kernel in kernels]
+    kept = [own if k.leaf in recurrent else jnp.ones(size, fan.dtype) for k, size in zip(kernels, sizes)]
+    bias = jnp.ones(fan.shape[axis] - sum(sizes), fan.dtype)
+    mask = jnp.concatenate([*kept, bias])
+    return fan * (mask if axis == -1 else mask[:, None])
 
 
 def _in_slots(site: Site, neurons: NewNeurons, index: Array, amplitude: Array) -> tuple[Array, Array]:
     """Scaled fan-in `(*stack, D, C)` and fan-out `(*stack, C, Q)` by slot, `index` being the neuron of each slot."""
     root, alpha = jnp.sqrt(amplitude), neurons.alpha
     if site.gate is not None:  # every neuron reads through its own block alone
-        alpha = jnp.sum(alpha.reshape(*alpha.shape[:-2], -1, _inputs(site.producers[0]), alpha.shape[-1]), axis=-3)
+        alpha = jnp.sum(alpha.reshape(*alpha.shape[:-2], -1, num_inputs(site), alpha.shape[-1]), axis=-3)
     fan_in = jnp.take(root * alpha, index, axis=-1, mode="clip")
     return fan_in, jnp.take(root.astype(neurons.omega.dtype) * neurons.omega, index, axis=-2, mode="clip")
 
@@ -296,11 +321,6 @@ def _birth_values(
     return new
 
 
-def _inputs(kernel: Kernel) -> int:
-    """Rows of a producer's matrix, the bias counted."""
-    return rows(kernel) + (kernel.bias is not None)
-
-
 def _update_shape(site: Site) -> tuple[int, ...]:
     hidden = {rows(kernel) + consumers_have_bias(site) for kernel in site.consumers}
     return (*site.stack, *hidden, sum(cols(kernel) for kernel in site.consumers))
@@ -312,24 +332,23 @@ def lead(producer: Kernel) -> tuple[int, ...]:
 
 
 def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
-    (producer,) = site.producers
     num_neurons = neurons.alpha.shape[-1]
     if num_neurons < 1:
         raise ValueError(f"no neurons to write at site `{site.name}`: `alpha` has shape {neurons.alpha.shape}")
     if (site.gate is None) != (neurons.gate is None):
         has = "gated units and needs neurons with a `gate`" if site.gate is not None else "no gate, but the neurons do"
         raise ValueError(f"site `{site.name}` has {has}: take neurons from statistics of this site")
-    inputs = _inputs(producer)
+    inputs = num_inputs(site)
     outputs = sum(_fan_out_size(kernel) for kernel in site.consumers)
     expected: dict[str, tuple[int, ...]] = {
-        "alpha": (*lead(producer), inputs, num_neurons),
+        "alpha": (*lead(site.producers[0]), inputs, num_neurons),
         "omega": (*site.stack, num_neurons, outputs),
     }
     got = {"alpha": neurons.alpha.shape, "omega": neurons.omega.shape}
     if site.gate is not None and neurons.gate is not None:
         if neurons.alpha.ndim == len(site.stack) + 2 and neurons.alpha.shape[-2] % inputs == 0:
             expected["alpha"] = (*site.stack, *neurons.alpha.shape[-2:])  # one block of rows or several
-        expected["gate"] = (*site.stack, _inputs(site.gate), num_neurons)
+        expected["gate"] = (*site.stack, rows(site.gate) + (site.gate.bias is not None), num_neurons)
         got["gate"] = neurons.gate.shape
     if delta is not None:
         expected["delta"] = _update_shape(site)

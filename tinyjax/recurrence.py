@@ -1,0 +1,226 @@
+"""Recurrent units: a hidden state that one leaf both reads and writes, step after step.
+
+h_t = sigma(x_t W + h_{t-1} U + b): a unit reads b_t = [x_t, h_{t-1}, 1] and acts on whatever reads h_t: U one step
+later, and the readout. Its row of N is b_t [v_{t+1}, v^o_t]', so all that discovery must know is which state each
+product reads at each of its steps. The loop may be a `scan` or written out, its input may be projected in advance.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from tinyjax.atoms import Atom, root, roots
+from tinyjax.dimensions import Dimensions
+from tinyjax.geometry import Unaligned
+from tinyjax.layout import Layout
+from tinyjax.states import NONE, Along, Held, States
+from tinyjax.trace import Op, Scan, Value
+from tinyjax.uses import Use, leaf_factors
+from tinyjax.wiring import is_view
+
+
+class Cell(NamedTuple):
+    """How the states that one sum of products makes are made and read.
+
+    The rows of all its uses are (samples, other axes, steps).
+
+    Attributes:
+        length: how many states there are for each row of the other axes.
+        terms: the products that are summed, by leaf.
+        reads: for each consumer of the path, the state that it reads at each of its steps, -1 for one from elsewhere.
+    """
+
+    length: int
+    terms: Mapping[str, Use]
+    reads: tuple[tuple[int, ...], ...]
+
+
+class Recurrence(NamedTuple):
+    """A recurrent dimension.
+
+    Attributes:
+        cells: each with its consumers.
+        found: roles of the vectors met, by leaf.
+        seen: the operations in which leaves enter that are accounted for.
+    """
+
+    cells: tuple[tuple[Cell, tuple[Use, ...]], ...]
+    found: dict[int, str]
+    seen: set[Op]
+
+
+class _Sum(NamedTuple):
+    """Products that are added up, each with what counts its steps, and the vectors added to them.
+
+    `added` are all additions on the way.
+    """
+
+    value: Value
+    terms: dict[str, tuple[Use, Along]]
+    shifts: set[int]
+    added: set[Op]
+
+
+def find_recurrence(
+    model: Dimensions, dimension: Atom, producers: Sequence[Use], consumers: Sequence[Use]
+) -> Recurrence:
+    """The cells of a recurrent dimension.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    for use in (*producers, *consumers):
+        _require_plain(use, dimension)
+    both = {use.leaf for use in producers} & {use.leaf for use in consumers}
+    if len(both) > 1:
+        raise Unaligned(f"{len(both)} kernels write and read its states (a GRU, an LSTM?): gated cells cannot grow yet")
+    if dimension.marks:
+        raise Unaligned(next(iter(dimension.marks)))
+    sums = _sums(model, dimension, producers)
+    biases = _biases(model, dimension, producers, sums)
+    order = _order(model, *next(iter(sums[0].terms.values())))
+    cells, read = [], set[Use]()
+    for one in sums:
+        states = States(model, dimension, one.value, consumers)
+        read |= set(states.reads)
+        if len({held.source for held in states.reads.values()}) > 1:
+            raise Unaligned("its consumers read different tensors")
+        terms = {
+            leaf: dataclasses.replace(_laid(use, along, order), bias=biases.get(leaf))
+            for leaf, (use, along) in one.terms.items()
+        }
+        held = {use: found for use, found in states.reads.items() if set(found.steps) != {NONE}}
+        _require_once(held)
+        # What a product adds to the next state it does not add as a consumer with a bias of its own.
+        laid = tuple(dataclasses.replace(_laid(use, found.along, order), bias=None) for use, found in held.items())
+        if laid:
+            cells.append((Cell(states.length, terms, tuple(found.steps for found in held.values())), laid))
+    for use in consumers:
+        if use not in read and model.wiring.scalar(use.input_value) != 0:
+            raise Unaligned(f"`{use.leaf}` reads it where no state is made (an initial state that is not zero?)")
+    seen = {use.op for use in (*producers, *consumers)} | {op for one in sums for op in one.added}
+    return Recurrence(tuple(cells), dict.fromkeys(sums[0].shifts, "shift"), seen)
+
+
+def _require_plain(use: Use, dimension: Atom) -> None:
+    """Raises unless a use is one matrix product whose slots are rows or columns alone."""
+    if use.trouble:
+        raise Unaligned(use.trouble)
+    if use.window is not None:
+        raise Unaligned("it recurs through a convolution")
+    if use.kernel.stack:
+        raise Unaligned("it recurs in every layer of a stack")
+    sides = [
+        [root(a) for f in layout.cols if (a := atoms[f]) is not None]
+        for layout, atoms in ((use.inputs, use.input_atoms), (use.outputs, use.output_atoms))
+    ]
+    if any(dimension in side and side != [dimension] for side in sides):
+        raise Unaligned(f"`{use.leaf}` reads or makes its states together with another axis (heads, or several steps?)")
+
+
+def _sums(model: Dimensions, dimension: Atom, producers: Sequence[Use]) -> list[_Sum]:
+    """The products by the sums they end in."""
+    wiring, sums = model.wiring, dict[Value, _Sum]()
+    on_the_way, added = set[Value](), dict[Op, None]()
+    for use in producers:
+        (value,) = use.op.outs
+        along: Along = use.op.scans[-1] if use.op.scans else None
+        on_the_way.add(value)
+        while len(users := wiring.used_by.get(value, [])) == 1:
+            (user,) = users
+            if user.name in ("add", "add_any"):
+                added[user] = None
+            elif not is_view(user):
+                break
+            elif user.name == "scan_in":
+                along = _scanned(model, user)
+            value = user.outs[0]
+            on_the_way.add(value)
+        one = sums.setdefault(value, _Sum(value, {}, set(), set()))
+        if use.leaf in one.terms:
+            raise Unaligned(f"`{use.leaf}` is added to a state twice")
+        one.terms[use.leaf] = use, along
+    for op in added:
+        end = _end(model, op, sums)
+        sums[end].added.add(op)
+        for value in op.ins:
+            found = wiring.vector(value)
+            if found is not None and [a for axis in model.axes[found[1]] for a in roots(axis)] == [dimension]:
+                sums[end].shifts.add(found[0].leaf)
+            elif value not in on_the_way:
+                raise Unaligned(f"its states are made of something else than products, in `{op.name}`")
+    return list(sums.values())
+
+
+def _scanned(model: Dimensions, op: Op) -> Along:
+    """What counts the steps of a tensor that is read step by step in a scan."""
+    found = roots(model.axes[op.ins[0]][0])
+    return found[0] if len(found) == 1 else None
+
+
+def _end(model: Dimensions, op: Op, ends: Mapping[Value, _Sum]) -> Value:
+    """The sum that an addition belongs to."""
+    (value,) = op.outs
+    while value not in ends:
+        value = model.wiring.used_by[value][0].outs[0]
+    return value
+
+
+def _biases(
+    model: Dimensions, dimension: Atom, producers: Sequence[Use], sums: Sequence[_Sum]
+) -> dict[str, Layout | None]:
+    """The vectors added to the states, one for each of the first kernels."""
+    leaves, shifts = list(dict.fromkeys(use.leaf for use in producers)), sorted(sums[0].shifts)
+    if len(shifts) > len(leaves) or any(one.shifts != sums[0].shifts for one in sums):
+        raise Unaligned("its biases are not the same at all steps")
+    layouts = []
+    for leaf in shifts:
+        atoms, sizes, numbers = leaf_factors(model.axes, model.graph.params[leaf])
+        slots = tuple(f for f, a in enumerate(atoms) if a is not None)
+        rest = tuple(f for f, a in enumerate(atoms) if a is None)
+        layouts.append(Layout(model.names[leaf], sizes, numbers, None, (), rest, slots))
+    return dict(zip(leaves, layouts))
+
+
+def _order(model: Dimensions, use: Use, along: Along) -> list[Atom]:
+    """The axes of a product besides its steps, the samples first."""
+    others = [root(a) for a in use.rows if a is not None and not (isinstance(along, Atom) and root(a) is root(along))]
+    samples = root(model.axes.samples)
+    if len(set(others)) != len(others) or samples not in others:
+        raise Unaligned(f"the rows of `{use.leaf}` cannot be told apart")
+    return [samples, *(a for a in others if a is not samples)]
+
+
+def _laid(use: Use, along: Along, order: Sequence[Atom]) -> Use:
+    """The use with its rows in the order (samples, other axes, steps)."""
+    place = {atom: i for i, atom in enumerate(order)}
+    ranks = []
+    for factor, atom in zip(use.inputs.rows, use.rows):
+        if factor < len(use.op.scans):
+            steps = isinstance(along, Scan) and use.op.scans[factor] == along
+            rank = len(order) + 1 if steps else None
+        elif atom is None:
+            rank = len(order)
+        elif isinstance(along, Atom) and root(atom) is root(along):
+            rank = len(order) + 1
+        else:
+            rank = place.get(root(atom))
+        ranks.append(rank)
+    if None in ranks or sorted(r for r in ranks if r < len(order)) != list(range(len(order))):
+        raise Unaligned(f"`{use.leaf}` has other rows than the states")
+    by_rank = sorted(range(len(ranks)), key=lambda i: ranks[i])
+    rows = tuple(use.rows[i] for i in by_rank)
+    inputs, outputs = (
+        dataclasses.replace(layout, rows=tuple(layout.rows[i] for i in by_rank)) for layout in (use.inputs, use.outputs)
+    )
+    return dataclasses.replace(use, rows=rows, inputs=inputs, outputs=outputs)
+
+
+def _require_once(held: Mapping[Use, Held]) -> None:
+    """Raises if a kernel reads a state more than once."""
+    seen = set[tuple[str, int]]()
+    for use, found in held.items():
+        for step in found.steps:
+            if step != NONE and (use.leaf, step) in seen:
+                raise Unaligned(f"`{use.leaf}` reads a state more than once")
+            seen.add((use.leaf, step))
