@@ -1,7 +1,7 @@
 """Builds the API pages: `make docs`, or `python docs/pages.py FOLDER`; then open FOLDER/index.html.
 
 One page for each public module, with formulas set by MathJax. What is public is what a module's `__init__` re-exports
-(`X as X`), or what `costs` defines; everything else is machinery and has no page.
+(`X as X`), or what `costs`, `forecast` and `work` define; everything else is machinery and has no page.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-NAMES = ("tinyjax", *(f"tinyjax.{name}" for name in ("methods", "models", "data", "plot", "costs")))
+NAMES = ("tinyjax", *(f"tinyjax.{name}" for name in ("methods", "models", "data", "plot", "costs", "forecast", "work")))
 MODULES = tuple(map(importlib.import_module, NAMES))
 
 

@@ -16,7 +16,8 @@ with zero fan-out (`tiny0`), random filler beyond the rank. All runs share data,
     fixed           the final width from the start
     fixed + dW*     the same, with the best-update steps of the growing network at the same times (mlp)
 
-A bar shows the time left, every growth leaves a line. Ctrl-C finishes the step and saves; the same command with
+A ResNet says first how long its growing run will take, once compiled, from what its first growth and its first steps
+take. A bar shows the time left, every growth leaves a line. Ctrl-C finishes the step and saves; the same command with
 `--resume` goes on, also after a crash, and ends with the same network as if it had never been stopped.
 
 Writes log.jsonl, figure.png and final.npz (the compact parameters of the grown network) to `--out`. The test split is
@@ -36,6 +37,7 @@ import rich.progress as bars
 
 import tinyjax
 from experiments import mlp, resnet
+from experiments.calibration import calibrated, estimate
 from experiments.reporting import CONSOLE, growth_table, result_table, verdict, write_results
 from experiments.tasks import METHODS, Compilations, Refused, Run, follow
 
@@ -143,6 +145,10 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Run]]:
         bars.TextColumn("{task.fields[now]}"),
     )
     note = partial(CONSOLE.print, highlight=False, soft_wrap=True)
+    if task.forecast is not None and not config.resume:
+        found = task.forecast()
+        rates = calibrated(found, lambda: task.runs["grown"](config.seed, None))
+        note(f"A growing run of {config.dataset} will take about {estimate(found, rates)}.")
     results: dict[str, list[Run]] = {name: [] for name in task.runs}
     with tinyjax.stop_on_interrupt() as stopped, bars.Progress(*columns, console=CONSOLE) as progress:
         for number, name in enumerate(task.runs):

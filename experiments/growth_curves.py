@@ -171,7 +171,7 @@ def parts(config: Config) -> Mapping[str, Callable[[], list[Row]]]:
     def base() -> resnet.Network:
         policy = tinyjax.full if config.full else tinyjax.multiple_of(8)
         dataset, splits = load(config.dataset)
-        small = {name: batch._replace(image=_pooled(batch.image, config.pool)) for name, batch in splits.items()}
+        small = {name: batch._replace(image=pooled(batch.image, config.pool)) for name, batch in splits.items()}
         first = protocol(config, next(iter(config.starts)), config.between[0])
         return resnet.build(resnet.Preset(first, policy), dataset, small)
 
@@ -190,7 +190,7 @@ def parts(config: Config) -> Mapping[str, Callable[[], list[Row]]]:
     return runs
 
 
-def _pooled(images: Any, size: int) -> Any:
+def pooled(images: Any, size: int) -> Any:
     """Means over squares of `size` pixels: (n, height, width, channels) -> (n, height / size, width / size, ...)."""
     n, height, width, channels = images.shape
     return images.reshape(n, height // size, size, width // size, size, channels).mean((2, 4))

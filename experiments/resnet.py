@@ -21,6 +21,7 @@ from experiments.controls import never
 from experiments.relu import relu
 from experiments.tasks import METHODS, Task, load, own_update
 from tinyjax import costs, data, methods
+from tinyjax.forecast import Forecast, of_fit
 from tinyjax.models import ResNet18
 from tinyjax.site import resized
 from tinyjax.surgery.capacity import Policy
@@ -195,9 +196,7 @@ def grow(network: Network, seed: int, record: tinyjax.Record | None = None, **gr
     key = jax.random.key(seed)
     if record is None:
         start = dict(zip(names, protocol.start))
-        # The first rung holds the start and its first growth.
-        rung = network.policy({name: min(start[name] + neurons[name], final[name]) for name in names}, final)
-        params, sites = tinyjax.resize(network.init(key, start), resized(network.sites, start), rung)
+        params, sites = tinyjax.resize(network.init(key, start), resized(network.sites, start), _first_rung(network))
         state: dict[str, Any] = {}
     else:
         params, sites = record.params, record.sites
@@ -225,6 +224,42 @@ def grow(network: Network, seed: int, record: tinyjax.Record | None = None, **gr
         **state,
         **growth,
     )
+
+
+def forecast(network: Network, **growth: Any) -> Forecast:
+    """What `grow` will do from the beginning."""
+    protocol, names = network.protocol, network.sites.names
+    start, final, neurons = (dict(zip(names, w)) for w in (protocol.start, protocol.final, protocol.neurons))
+    rung = _first_rung(network)
+    due, train = network.calendar.due, network.splits["train"]
+    shapes = jax.eval_shape(lambda key: network.init(key, rung), jax.random.key(0))
+    return of_fit(
+        network.make_loss(rung),
+        shapes,
+        data.Batch(*(x[:1] for x in train)),
+        network.optimizer,
+        paper.algorithm_1(neurons, final, lambda step: int(due[step])),
+        network.calendar.sizes.tolist(),
+        sites=resized(network.sites, rung),
+        widths=start,
+        num_neurons=neurons,
+        growth_samples=network.samples,
+        estimate_micro_batch=protocol.estimation_micro_batch,
+        make_loss=network.make_loss,
+        policy=network.policy,
+        final=final,
+        trainable=trained,
+        has_aux=True,
+        **growth,
+    )
+
+
+def _first_rung(network: Network) -> dict[str, int]:
+    """The capacities that hold the start and its first growth."""
+    names, protocol = network.sites.names, network.protocol
+    final = dict(zip(names, protocol.final))
+    needed = (min(s + k, f) for s, k, f in zip(protocol.start, protocol.neurons, protocol.final))
+    return network.policy(dict(zip(names, needed)), final)
 
 
 def full_from_start(
@@ -275,4 +310,5 @@ def prepare(config: argparse.Namespace) -> Task:
         steps=steps,
         evaluate_every=max(1, round(len(splits["train"].label) / network.calendar.sizes[-1])),
         num_train=len(splits["train"].label),
+        forecast=partial(forecast, network, method=METHODS[config.method], **own_update(config.method)),
     )

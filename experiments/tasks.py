@@ -13,6 +13,7 @@ import optax
 
 import tinyjax
 from tinyjax import data, methods
+from tinyjax.forecast import Forecast
 
 Start = Callable[[int, Any], Iterator[tinyjax.Record]]
 Row = dict[str, Any]
@@ -38,6 +39,7 @@ class Task(NamedTuple):
         steps: gradient steps of a run.
         evaluate_every: steps between measurements; growths are measured too.
         num_train: training samples.
+        forecast: what a growing run will do, for runs that take long; None for others.
     """
 
     sites: tinyjax.Sites
@@ -49,6 +51,7 @@ class Task(NamedTuple):
     steps: int
     evaluate_every: int
     num_train: int
+    forecast: Callable[[], Forecast] | None = None
 
 
 class Run(NamedTuple):

@@ -27,6 +27,7 @@ LEVELS = [
     ["checkpoint", "ranking"],
     ["edges"],
     ["training"],
+    ["forecast"],
     ["report"],
 ]
 RANKS = {module: rank for rank, modules in enumerate(LEVELS) for module in modules}

@@ -9,7 +9,7 @@ Every example of these pages goes on from this one, a network of two hidden laye
 
     >>> from functools import partial
     >>> import jax, jax.numpy as jnp, numpy as np, optax, tinyjax
-    >>> from tinyjax import costs, data, methods, models, plot
+    >>> from tinyjax import costs, data, forecast, methods, models, plot, work
     >>> key = jax.random.key(0)
     >>> images = jax.random.normal(key, (64, 2, 2, 1))
     >>> batch = data.Batch(images, (images[:, 0, 0, 0] > 0).astype(int))

@@ -17,7 +17,8 @@ def budget(schedule: Schedule, cost: Callable[[Widths], float], *, limit: float)
 
     Args:
         schedule: what to hold back.
-        cost: widths -> cost of the network: `partial(parameters, sites)` or `partial(forward_flops, sites)`.
+        cost: widths -> cost of the network: `partial(parameters, sites)`, `partial(forward_flops, sites)`, or the
+            seconds of a gradient step on this machine, see `work.seconds`.
         limit: largest cost allowed.
 
     Returns:

@@ -1,9 +1,10 @@
-"""A cost model: what a traced function computes and moves, and how long that takes on a machine that was timed twice.
+"""A cost model: what a traced function computes, and how long that takes on a machine that was timed once.
 
 Operations are those of matrix products, convolutions (two a multiply-add) and factorisations by their leading terms.
-Bytes are what every operation reads and writes, as if nothing were fused. A scan counts its length, a conditional its
-dearest branch, a `while` (a line search) `WHILE_ROUNDS` rounds. Both are counted from the trace, so that nothing is
-compiled; seconds are a combination of the two, fitted to two programs that were run.
+Starting an operation of whatever kind takes as long as `OVERHEAD` of them, and few channels as long as the `LANES` of a
+vector. A scan counts its length, a conditional its dearest branch, a `while` (a line search) `WHILE_ROUNDS` rounds. All
+is counted from the trace, so that nothing is compiled. One run of a program gives the rate of others of its kind:
+gradient steps are mostly products, growths mostly factorisations and searches, so each has its own.
 """
 
 import math
@@ -12,9 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 WHILE_ROUNDS = 2  # a line search whose first bracket holds the minimum
+OVERHEAD = 40_000  # measured on CPUs, steps and growths of perceptrons of 32 to 256 neurons alike
+LANES = 16  # float32 in a vector of 512 bits
 VIEWS = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "stop_gradient", "copy", "split"}
 
 
@@ -23,37 +26,37 @@ class Work(NamedTuple):
 
     Attributes:
         operations: floating-point operations of products and factorisations.
-        bytes: read and written by all operations, before any fusion.
+        vectorised: the same, with the channels of convolutions rounded up to full vectors.
+        calls: operations of any kind that are started, before any fusion.
     """
 
     operations: float
-    bytes: float
+    vectorised: float
+    calls: float
 
-
-class Rates(NamedTuple):
-    """What a machine needs, both >= 0.
-
-    Attributes:
-        operation: seconds an operation.
-        byte: seconds a byte.
-    """
-
-    operation: float
-    byte: float
+    @property
+    def cost(self) -> float:
+        """What its time is proportional to, in floating-point operations."""
+        return self.vectorised + OVERHEAD * self.calls
 
 
 def work(function: Callable[..., Any], *args: Any) -> Work:
     """What one call does; arguments may be `jax.ShapeDtypeStruct`s, nothing is computed.
 
     Example:
-        >>> work(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 5))).operations
-        60.0
+        >>> work.work(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 5)))
+        Work(operations=60.0, vectorised=60.0, calls=1.0)
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def flops(function: Callable[..., Any], *args: Any) -> float:
-    """The operations of one call, see `work`."""
+    """The operations of one call, see `work`.
+
+    Example:
+        >>> work.flops(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 5)))
+        60.0
+    """
     return work(function, *args).operations
 
 
@@ -61,57 +64,43 @@ def total(parts: Iterable[tuple[Work, float]]) -> Work:
     """The work of a run: programs with how often each is called.
 
     Example:
-        >>> total([(Work(10.0, 4.0), 3), (Work(100.0, 8.0), 1)])
-        Work(operations=130.0, bytes=20.0)
+        >>> work.total([(work.Work(10.0, 10.0, 4.0), 3), (work.Work(100.0, 160.0, 8.0), 1)])
+        Work(operations=130.0, vectorised=190.0, calls=20.0)
     """
-    operations, moved = 0.0, 0.0
+    sums = np.zeros(len(Work._fields))
     for part, times in parts:
-        operations, moved = operations + times * part.operations, moved + times * part.bytes
-    return Work(operations, moved)
+        sums += times * np.array(part)
+    return Work(*map(float, sums))
 
 
-def calibrate(first: tuple[Work, float], second: tuple[Work, float]) -> Rates:
-    """The rates at which two programs take the seconds that were measured.
-
-    Take programs unlike each other, such as a training step and a growth on a few samples. Where no rates >= 0 explain
-    both, the one rate that explains them best (in ratio) is kept and the other is zero.
-
-    Args:
-        first: work and seconds of a program.
-        second: of another one.
+def calibrate(done: Work, seconds: float) -> float:
+    """The rate of a machine, in seconds an operation, from a program that took so many seconds.
 
     Raises:
         ValueError: seconds that are not positive, or a program that does nothing.
 
     Example:
-        >>> calibrate((Work(100.0, 0.0), 2.0), (Work(100.0, 50.0), 3.0))
-        Rates(operation=0.02, byte=0.02)
+        >>> print(f"{work.calibrate(work.Work(1e9, 1e9, 0.0), 0.02):.0e}")
+        2e-11
     """
-    for done, seconds in (first, second):
-        if not seconds > 0 or not max(done) > 0:
-            raise ValueError(f"a calibration run needs work and a positive time; got {done}, {seconds} s")
-    # Rows in units of the time measured: errors count in ratio.
-    rows = np.array([[value / seconds for value in done] for done, seconds in (first, second)])
-    scale = np.maximum(rows.max(0), np.finfo(float).tiny)
-    found, *_ = np.linalg.lstsq(rows / scale, np.ones(2))
-    if (found < 0).any():
-        alone = [np.linalg.lstsq(rows[:, [i]] / scale[i], np.ones(2))[0][0] for i in range(2)]
-        errors = [np.abs(rows[:, i] / scale[i] * alone[i] - 1).sum() for i in range(2)]
-        found = np.where(np.arange(2) == np.argmin(errors), alone, 0)
-    operation, byte = (float(value) for value in np.maximum(found, 0) / scale)
-    return Rates(operation, byte)
+    if not (seconds > 0 and done.cost > 0):
+        raise ValueError(f"a calibration run needs work and a positive time; got {done}, {seconds} s")
+    return seconds / done.cost
 
 
-def seconds(rates: Rates, done: Work) -> float:
-    """How long some work takes, compilation not included.
+def seconds(rate: float, done: Work) -> float:
+    """How long some work takes at a rate, compilation not included.
 
-    With `budget` it holds a schedule to a time: `cost=lambda widths: seconds(rates, step_work(widths))`.
+    With `budget` it holds a schedule to the time of a gradient step: `forecast.step_work` has the work of one.
 
     Example:
-        >>> seconds(Rates(0.02, 0.02), Work(100.0, 50.0))
-        3.0
+        >>> rate = 1e-11  # or `calibrate`
+        >>> work.seconds(rate, work.Work(1e9, 2e9, 0.0))
+        0.02
+        >>> step = forecast.step_work(loss_fn, params, batch, optimizer, sites)
+        >>> within = tinyjax.budget(schedule, lambda widths: work.seconds(rate, step(widths)), limit=1e-3)
     """
-    return rates.operation * done.operations + rates.byte * done.bytes
+    return rate * done.cost
 
 
 def _of_jaxpr(jaxpr: Jaxpr) -> Work:
@@ -122,21 +111,13 @@ def _of_equation(equation: Any) -> Work:
     name = equation.primitive.name
     inner = [_of_jaxpr(jaxpr) for jaxpr in _inner(equation.params)]
     if name in _FORMULAS or not inner:
-        formula = _FORMULAS.get(name, lambda _: 0)
-        return Work(float(formula(equation)), 0.0 if name in VIEWS else _traffic(equation))
+        operations = float(_FORMULAS.get(name, lambda _: 0)(equation))
+        padding = _padding(equation) if name == "conv_general_dilated" else 1
+        return Work(operations, operations * padding, float(name not in VIEWS))
     if name == "cond":
-        return Work(*(max(values) for values in zip(*inner)))
+        return max(inner, key=lambda branch: branch.cost)
     times = {"scan": equation.params.get("length", 1), "while": WHILE_ROUNDS}.get(name, 1)
     return total((part, times) for part in inner)
-
-
-def _traffic(equation: Any) -> float:
-    read = [v.aval for v in equation.invars if not isinstance(v, Literal)]
-    return float(sum(_bytes(aval) for aval in (*read, *(v.aval for v in equation.outvars))))
-
-
-def _bytes(aval: Any) -> int:
-    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 0) if hasattr(aval, "shape") else 0
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
@@ -158,6 +139,12 @@ def _convolution(equation: Any) -> float:
     kernel = equation.invars[1].aval.shape
     outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
+
+
+def _padding(equation: Any) -> float:
+    """Output channels rounded up to full vectors, relative to them."""
+    channels = equation.outvars[0].aval.shape[equation.params["dimension_numbers"].out_spec[1]]
+    return -(-channels // LANES) * LANES / channels
 
 
 def _cubic(factor: float) -> Callable[[Any], float]:
