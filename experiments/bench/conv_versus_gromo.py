@@ -8,7 +8,8 @@ Both run forward, backward and the sums from which a growth is computed; gromo i
 paper's full mode on fewer images. Images pass in batches of the same size, as one sweep over all at once would not fit
 gromo's memory. Turn by turn in processes of their own, as the two cannot share one.
 
-The last line has milliseconds per image and the ratios tinyjax / gromo; targets 1/20 (restricted), 1/100 (full).
+The last line has milliseconds per image and the ratios tinyjax / gromo; targets 1/20 (restricted), 1/100 (full). With
+the time of the loss and its gradient alone (`gradient`), which no statistics can do without.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from tinyjax import data
 PEER = Path(__file__).with_name("peer_gromo_conv.py")
 
 
-def ours(images: np.ndarray, labels: np.ndarray, config: argparse.Namespace) -> float:
-    """Milliseconds per image: median of whole sweeps."""
+def ours(images: np.ndarray, labels: np.ndarray, config: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds per image of whole sweeps, and of sweeps with the loss and its gradient alone; medians."""
     network = residual((config.channels, 2 * config.channels), (config.hidden,) * 4, images[:2])
     batches = [
         data.Batch(images[i : i + config.batch], labels[i : i + config.batch])
@@ -51,7 +52,13 @@ def ours(images: np.ndarray, labels: np.ndarray, config: argparse.Namespace) -> 
             total = merge(estimate(network.variables, batch), total)
         return total
 
-    return medians({"sweep": (sweep, ())}, config.repetitions)["sweep"] / len(images)
+    gradient = jax.jit(jax.value_and_grad(network.loss_fn, has_aux=True))
+
+    def gradients() -> list[Any]:
+        return [gradient(network.variables, batch) for batch in batches]
+
+    ms = medians({"tinyjax": (sweep, ()), "gradient": (gradients, ())}, config.repetitions)
+    return {name: value / len(images) for name, value in ms.items()}
 
 
 def measure(config: argparse.Namespace) -> dict[str, Any]:
@@ -60,13 +67,14 @@ def measure(config: argparse.Namespace) -> dict[str, Any]:
     train = data.as_batch(dataset.train, mean=mean, std=std)
     images, labels = (np.asarray(x[: config.restricted]) for x in train)
     settings = {name: value for name, value in vars(config).items() if name not in ("gromo", "rounds")}
-    found: dict[str, list[float]] = {"tinyjax": [], "restricted": [], "full": []}
+    found: dict[str, list[float]] = {"tinyjax": [], "gradient": [], "restricted": [], "full": []}
     with tempfile.TemporaryDirectory() as folder:
         arrays = Path(folder) / "arrays.npz"
         np.savez(arrays, x=images, y=labels)
         command = [config.gromo, str(PEER), str(arrays), json.dumps(settings)]
         for _ in range(config.rounds):
-            found["tinyjax"].append(ours(images, labels, config))
+            for name, value in ours(images, labels, config).items():
+                found[name].append(value)
             # gromo's threads spin while they wait unless told not to, which makes it up to eight times slower.
             environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
             out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -85,6 +93,7 @@ def measure(config: argparse.Namespace) -> dict[str, Any]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gromo", default=".venv-gromo/bin/python", help="the Python that has torch and gromo")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="of gromo; JAX takes the best it has")
     parser.add_argument("--channels", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=4, help="width of the blocks before the growth")
     parser.add_argument("--restricted", type=int, default=2000, help="images of tinyjax and of gromo's restricted mode")

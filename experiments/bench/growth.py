@@ -1,4 +1,4 @@
-"""Ratios inside one growth: the solver, the line search and the sum of S, against what they are made of.
+"""Ratios inside one growth: the solver, the line search, the layer that reads the data, against what they are made of.
 
     python -m experiments.bench.growth
 
@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 import tinyjax
+from experiments.bench.timing import where
 from tinyjax.along import loss_along
 from tinyjax.layout import named_leaves
 from tinyjax.linalg import factor
@@ -40,11 +41,13 @@ def milliseconds(function: Callable[..., Any], *arguments: Any, repetitions: int
     return float(np.median(taken))
 
 
-def report(what: str, ours: float, theirs: float) -> None:
-    print(json.dumps({"what": what, "ms": round(ours, 3), "against_ms": round(theirs, 3), "ratio": ours / theirs}))
+def report(what: str, ours: float, theirs: float) -> dict[str, Any]:
+    line = {"what": what, "ms": round(ours, 3), "against_ms": round(theirs, 3), "ratio": ours / theirs} | where()
+    print(json.dumps(line), flush=True)
+    return line
 
 
-def solver(dimension: int, outputs: int, num_neurons: int) -> None:
+def solver(dimension: int, outputs: int, num_neurons: int) -> dict[str, Any]:
     """Neurons at one ridge against an eigendecomposition of S and a singular value decomposition of the whitened N."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2 * dimension, dimension)), jnp.float32)
@@ -60,11 +63,19 @@ def solver(dimension: int, outputs: int, num_neurons: int) -> None:
         return root @ u[:, :num_neurons], s[:num_neurons], vt[:num_neurons]
 
     times = [milliseconds(f, gram, cross, repetitions=3) for f in (ours, textbook)]
-    report(f"solve, S {dimension} x {dimension}, {outputs} outputs, against eigh + svd", *times)
+    return report(f"solve, S {dimension} x {dimension}, {outputs} outputs, against eigh + svd", *times)
 
 
-def searches() -> None:
-    """The loss at 16 amplitudes of new neurons, site by site, against one forward pass of the same samples."""
+class Example(NamedTuple):
+    """A multilayer perceptron at half of its capacity, and noise to grow it on."""
+
+    loss_fn: Callable[..., jax.Array]
+    params: Any
+    batch: Any
+    sites: tinyjax.Sites
+
+
+def example() -> Example:
     model = MLP(widths=WIDTHS, num_classes=10)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(SAMPLES, INPUTS)), jnp.float32)
@@ -76,10 +87,29 @@ def searches() -> None:
 
     params = jax.jit(model.init)(jax.random.key(0), images[:1])
     sites = tinyjax.find_sites(loss_fn, params, batch)
-    params = tinyjax.thin(params, sites, 32)
+    return Example(loss_fn, tinyjax.thin(params, sites, 32), batch, sites)
+
+
+def repeated() -> dict[str, Any]:
+    """A growth of the layer that reads the data, its S decomposed before, against one that sums and factors it."""
+    loss_fn, params, batch, sites = example()
+    first = sites[:1]
+    grow_step = tinyjax.make_grow_step(loss_fn, first, num_neurons=8, method=tinyjax.tiny)
+    inputs = jax.jit(partial(tinyjax.decompose_inputs, loss_fn, sites=first))(params, batch)
+    key = jax.random.key(0)
+    known = milliseconds(
+        lambda params, batch, inputs: grow_step(params, batch, key, inputs=inputs), params, batch, inputs
+    )
+    anew = milliseconds(lambda params, batch: grow_step(params, batch, key), params, batch)
+    return report("growth of the first layer, S known, against S summed and factored", known, anew)
+
+
+def searches() -> list[dict[str, Any]]:
+    """The loss at 16 amplitudes of new neurons, site by site, against one forward pass of the same samples."""
+    loss_fn, params, batch, sites = example()
     forward = milliseconds(loss_fn, params, batch)
     gammas = jnp.geomspace(1e-3, 1e1, AMPLITUDES)
-    passes = []
+    passes, lines = [], []
     for site in sites:
         neurons = tinyjax.tiny(tinyjax.estimate(loss_fn, params, batch, site), num_neurons=8, ridge=1.0)
         kernels = (*site.producers, *site.consumers)
@@ -96,16 +126,13 @@ def searches() -> None:
             return jax.vmap(loss_at)(jnp.sqrt(gammas))
 
         passes.append(milliseconds(search, params, batch))
-        report(
-            f"line search of {AMPLITUDES} amplitudes at `{site.name}`, against one forward pass", passes[-1], forward
-        )
-    report("the same, mean over sites", float(np.mean(passes)), forward)
+        what = f"line search of {AMPLITUDES} amplitudes at `{site.name}`, against one forward pass"
+        lines.append(report(what, passes[-1], forward))
+    return [*lines, report("the same, mean over sites", float(np.mean(passes)), forward)]
 
 
-def main() -> None:
-    searches()
-    solver(785, 64, 8)
-    solver(2304, 256, 8)
+def main() -> list[dict[str, Any]]:
+    return [*searches(), repeated(), solver(785, 64, 8), solver(2304, 256, 8)]
 
 
 if __name__ == "__main__":

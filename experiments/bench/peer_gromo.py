@@ -15,13 +15,18 @@ import warnings
 import numpy as np
 import torch
 from gromo.containers.growing_mlp import GrowingMLP
+from gromo.utils.utils import set_device
 
 warnings.filterwarnings("ignore", message="Using the pseudo-inverse")
 
 
 def run(arrays, config):
-    train_x, train_y, test_x, test_y = (torch.from_numpy(arrays[k]) for k in ("train_x", "train_y", "test_x", "test_y"))
+    device = torch.device("cuda" if config["device"] == "gpu" else "cpu")
+    set_device(device)
+    names = ("train_x", "train_y", "test_x", "test_y")
+    train_x, train_y, test_x, test_y = (torch.from_numpy(arrays[name]).to(device) for name in names)
     train_y, test_y = train_y.long(), test_y.long()
+    orders = torch.from_numpy(arrays["order"]).long().to(device)
     torch.manual_seed(config["seed"])
     loss_fn = torch.nn.CrossEntropyLoss()
     model = GrowingMLP(
@@ -30,6 +35,7 @@ def run(arrays, config):
         hidden_size=config["start"],
         number_hidden_layers=2,
         activation=torch.nn.ReLU(),
+        device=device,
     )
     # The last quarter is the line search's, as in tinyjax.
     cut = len(train_x) - len(train_x) // 4
@@ -40,24 +46,29 @@ def run(arrays, config):
     def widths():
         return [layer.weight.shape[0] for layer in model.layers[:-1]]
 
+    def now():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def clocked(name, began):
-        seconds[name] += time.perf_counter() - began
+        seconds[name] += now() - began
 
     def train(epoch):
-        for rows in torch.from_numpy(arrays["order"][epoch]).long():
+        for rows in orders[epoch]:
             optimizer.zero_grad()
             loss_fn(model(train_x[rows]), train_y[rows]).backward()
             optimizer.step()
 
     def grow(site):
         model.set_growing_layers(index=site)
-        began = time.perf_counter()
+        began = now()
         model.init_computation()
         model.zero_grad()
         loss_fn(model(statistics[0]), statistics[1]).backward()
         model.update_computation()
         clocked("statistics", began)
-        began = time.perf_counter()
+        began = now()
         room = config["final"] - widths()[site]
         # Its default thresholds are absolute; 1e-6 lets it add the neurons that the schedule asks for.
         model.compute_optimal_updates(
@@ -66,7 +77,7 @@ def run(arrays, config):
         model.reset_computation()
         model.dummy_select_update()
         clocked("solve", began)
-        began = time.perf_counter()
+        began = now()
         layer = model.currently_updated_layer
         losses = []
         with torch.no_grad():
@@ -79,7 +90,7 @@ def run(arrays, config):
         model.apply_change()
         clocked("search", began)
 
-    began = time.perf_counter()
+    began = now()
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
     for epoch in range(config["epochs"]):
         if epoch:
@@ -88,10 +99,10 @@ def run(arrays, config):
                 grow(turns[0])
                 growths += 1
                 optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
-        start = time.perf_counter()
+        start = now()
         train(epoch)
         clocked("train", start)
-    total = time.perf_counter() - began
+    total = now() - began
     with torch.no_grad():
         accuracy = {
             name: (model(x).argmax(-1) == y).float().mean().item()

@@ -17,12 +17,16 @@ import numpy as np
 import torch
 from gromo.containers.resnet import init_full_resnet_structure
 from gromo.modules.conv2d_growing_module import FullConv2dGrowingModule, RestrictedConv2dGrowingModule
+from gromo.utils.utils import set_device
 
 warnings.filterwarnings("ignore")
 KINDS = {"restricted": RestrictedConv2dGrowingModule, "full": FullConv2dGrowingModule}
 
 
 def measure(kind, images, labels, config):
+    device = torch.device("cuda" if config["device"] == "gpu" else "cpu")
+    set_device(device)
+    images, labels = images.to(device), labels.to(device)
     torch.manual_seed(0)
     model = init_full_resnet_structure(
         input_shape=(1, 28, 28),
@@ -34,6 +38,7 @@ def measure(kind, images, labels, config):
         nb_stages=2,
         small_inputs=True,
         growing_conv_type=KINDS[kind],
+        device=device,
     )
     model.set_growing_layers(index=0)
     loss_fn = torch.nn.CrossEntropyLoss()
@@ -43,6 +48,8 @@ def measure(kind, images, labels, config):
         model.zero_grad()
         loss_fn(model(images[start : start + config["batch"]]), labels[start : start + config["batch"]]).backward()
         model.update_computation()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     return {"library": "gromo", "kind": kind, "images": len(images), "ms_per_image": 1e3 * seconds / len(images)}
 

@@ -24,6 +24,7 @@ import optax
 
 import tinyjax
 from experiments import paper
+from experiments.bench.timing import where
 from experiments.relu import relu
 from experiments.resnet import trained
 from tinyjax import data
@@ -86,7 +87,7 @@ def of_shape(widths: tuple[int, ...], site: str, growing: int) -> dict[str, floa
     }
 
 
-def main() -> None:
+def main() -> dict[str, Any]:
     protocol = paper.figure_5(1 / 64)
     shapes, schedule = rungs(protocol), list(growths(protocol))
     neurons = dict(zip(NAMES, protocol.neurons))
@@ -103,20 +104,16 @@ def main() -> None:
 
     capacity = sum(seconds("train", w) + len(set(names)) * seconds("growth", w) for w, names in shapes)
     exact = sum(seconds("train", w) + seconds("growth", w) for _, w in schedule)
-    print(
-        json.dumps(
-            {
-                "growths": len(schedule),
-                "shapes": len(shapes),
-                "programs": len(shapes) + sum(len(set(names)) for _, names in shapes),
-                "seconds_extrapolated": round(capacity),
-                "one_shape_a_growth": {"programs": 2 * len(schedule), "seconds_extrapolated": round(exact)},
-                "ratio": round(exact / capacity, 2),
-                "device": jax.devices()[0].device_kind,
-                "jax": jax.__version__,
-            }
-        )
-    )
+    line = {
+        "growths": len(schedule),
+        "shapes": len(shapes),
+        "programs": len(shapes) + sum(len(set(names)) for _, names in shapes),
+        "seconds_extrapolated": round(capacity),
+        "one_shape_a_growth": {"programs": 2 * len(schedule), "seconds_extrapolated": round(exact)},
+        "ratio": round(exact / capacity, 2),
+    } | where()
+    print(json.dumps(line))
+    return line
 
 
 if __name__ == "__main__":

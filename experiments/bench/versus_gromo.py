@@ -42,11 +42,12 @@ LIBRARIES = ("tinyjax", "gromo")
 COMPILER: dict[str, bool | int | str] = {"xla_backend_optimization_level": 1}
 if jax.__version_info__ < (0, 12):
     COMPILER["xla_cpu_use_fusion_emitters"] = False
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}  # by device: JAX's name, and PyTorch's
 PEER = Path(__file__).with_name("peer_gromo.py")
 
 
 class Programs(NamedTuple):
-    """What a process compiles once."""
+    """What a process compiles once; `traces` has an entry for every program of a growth."""
 
     sites: tinyjax.Sites
     init: Callable[..., Any]
@@ -54,6 +55,7 @@ class Programs(NamedTuple):
     epoch: Callable[..., Any]
     grow: Callable[..., Any]
     accuracy: Callable[..., jax.Array]
+    traces: list[Any]
 
 
 def build(train: data.Batch, config: dict[str, Any]) -> Programs:
@@ -75,17 +77,25 @@ def build(train: data.Batch, config: dict[str, Any]) -> Programs:
         loss_fn, sites, num_neurons=config["neurons"], method=METHODS[config["method"]], optimizer=optimizer
     )
 
+    traces: list[Any] = []
+
+    def traced_grow(*args: Any) -> Any:
+        traces.append(sites.names)
+        return grow(*args)
+
     def accuracy(params: Any, batch: data.Batch) -> jax.Array:
         logits: Any = model.apply(params, batch.image)
         return jnp.mean(logits.argmax(-1) == batch.label)
 
+    options = COMPILER if config["device"] == "cpu" else None
     return Programs(
         sites,
-        jax.jit(init, compiler_options=COMPILER),
-        jax.jit(partial(tinyjax.decompose_inputs, loss_fn, sites=sites), compiler_options=COMPILER),
-        jax.jit(tinyjax.train_epoch(loss_fn, optimizer), donate_argnums=(0, 1), compiler_options=COMPILER),
-        jax.jit(grow, donate_argnums=(0, 2), compiler_options=COMPILER),
+        jax.jit(init, compiler_options=options),
+        jax.jit(partial(tinyjax.decompose_inputs, loss_fn, sites=sites), compiler_options=options),
+        jax.jit(tinyjax.train_epoch(loss_fn, optimizer), donate_argnums=(0, 1), compiler_options=options),
+        jax.jit(traced_grow, donate_argnums=(0, 2), compiler_options=options),
         jax.jit(accuracy),
+        traces,
     )
 
 
@@ -113,8 +123,14 @@ def run(programs: Programs, splits: dict[str, data.Batch], order: jax.Array, con
         seconds["train"] += time.perf_counter() - start
     total = time.perf_counter() - began
     accuracy = {name: float(programs.accuracy(params, split)) for name, split in splits.items()}
-    widths = list(widths.values())
-    return {"seconds": total, "parts": seconds, "accuracy": accuracy, "widths": widths, "growths": growths}
+    return {
+        "seconds": total,
+        "parts": seconds,
+        "accuracy": accuracy,
+        "widths": list(widths.values()),
+        "growths": growths,
+        "programs": len(programs.traces),
+    }
 
 
 def tinyjax_process(path: str, config: dict[str, Any]) -> None:
@@ -171,6 +187,7 @@ def measure(config: argparse.Namespace) -> dict[str, Any]:
             "OMP_WAIT_POLICY": "passive",
             "OPENBLAS_NUM_THREADS": "1",
             "JAX_ENABLE_COMPILATION_CACHE": "false",
+            "JAX_PLATFORMS": PLATFORMS[config.device],
         }
         for _ in range(config.processes):
             for name in libraries:
@@ -195,6 +212,7 @@ def summary(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "test_accuracy": float(np.mean([line["accuracy"]["test"] for line in found])),
             "widths": found[-1]["widths"],
             "growths": found[-1]["growths"],
+            "programs": found[-1].get("programs"),
         }
     if len(result) == 2:
         ours, peer = result["tinyjax"], result["gromo"]
@@ -207,6 +225,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gromo", default=".venv-gromo/bin/python", help="the Python that has torch and gromo")
     parser.add_argument("--only", choices=LIBRARIES)
     parser.add_argument("--dataset", choices=("digits", "mnist5k"), default="mnist5k")
+    parser.add_argument("--device", choices=sorted(PLATFORMS), default="cpu", help="of both libraries")
     parser.add_argument("--method", choices=sorted(METHODS), default="tiny", help="tinyjax's; gromo's is its TINY")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--start", type=int, default=2)
