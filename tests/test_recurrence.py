@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 from brute import QUICK, inspect
+from zoo import Model, data, draw
 from zoo_recurrent import RECURRENT
 
 import tinyjax
@@ -151,3 +153,143 @@ def test_split_and_duplicate_units(case):
     pruned, removed = tinyjax.prune(wider, site, estimate(wider, batch), num_neurons=1)
     assert int(removed.sum()) == 1 and int(tinyjax.width(pruned, site)) == 3
     assert loss_fn(pruned, batch) == pytest.approx(before, abs=1e-8)
+
+
+def test_what_a_unit_tells_itself_is_not_missed_when_it_is_pruned():
+    """The unit to go, and the weights of the others, by least squares on the products of all others."""
+    model = RECURRENT["scan_readout_outside"]()
+    (site,) = tinyjax.find_sites(model.loss_fn, model.params, model.batch)
+    loud = model.params | {"u": model.params["u"].at[0, 0].set(9.0)}
+    statistics = jax.jit(partial(tinyjax.estimate, model.loss_fn, sites=site), compiler_options=QUICK)(
+        loud, model.batch
+    )
+    pruned, removed = tinyjax.prune(loud, site, statistics, num_neurons=1)
+    h = through_time(loud, model.batch, True)[1].reshape(-1, 4)
+    weight = np.concatenate([loud["u"], loud["v"]], 1)
+
+    def refit(j):
+        others = [i for i in range(4) if i != j]
+        target = h @ np.delete(weight, j, 1)
+        fitted = oracles.least_squares(h[:, others], target)
+        return np.sum((target - h[:, others] @ fitted) ** 2), others, fitted
+
+    best = min(range(4), key=lambda j: refit(j)[0])
+    assert np.flatnonzero(removed).tolist() == [best]
+    _, others, fitted = refit(best)
+    np.testing.assert_allclose(pruned["u"][np.ix_(others, others)], fitted[:, :3], atol=1e-6)
+    np.testing.assert_allclose(pruned["v"][np.array(others)], fitted[:, 3:], atol=1e-6)
+    assert not np.any(pruned["u"][best]) and not np.any(pruned["u"][:, best])
+
+
+# Growth
+
+
+def test_a_growth_keeps_free_slots_free_and_lowers_the_loss(case):
+    """Remember the input of the step before: one unit too few, one is grown, with the update of U and the readout."""
+    loss_fn, params, _, sites = case
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(64, 4, 3))
+    batch = {"x": jnp.asarray(x), "t": jnp.asarray(np.roll(x, 1, 1)[..., :2] * (np.arange(4) > 0)[:, None])}
+    params, sites = tinyjax.resize(tinyjax.thin(params, sites, 1), sites, {"w": 5})
+    grow_step = tinyjax.make_grow_step(loss_fn, sites, method=tinyjax.tiny, num_neurons=2)
+    grown, info = jax.jit(grow_step, compiler_options=QUICK)(params, batch)
+    assert int(info.written["w"]) == 2 and float(info.gain_achieved["w"]) > 0
+    assert float(loss_fn(grown, batch)) == pytest.approx(float(info.loss_after["w"]))
+    np.testing.assert_array_equal(info.born["w"], [False, True, True, False, False])
+    assert not np.any(grown["u"][3:]) and not np.any(grown["u"][:, 3:]) and not np.any(grown["u"][1:3, 1:3])
+    assert not np.any(grown["v"][3:]) and not np.any(grown["w"][:, 3:])
+
+
+@pytest.mark.slow
+def test_units_of_tiny_remember_what_random_ones_do_not():
+    """Two units cannot hold an input for three steps; two born by TINY lower the loss at once, random ones do not."""
+    lag = 3
+
+    def loss_fn(p, x):
+        states = jax.lax.scan(
+            lambda h, x: ((h := jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"])), h),
+            jnp.zeros((len(x), len(p["u"]))), x.swapaxes(0, 1),
+        )[1].swapaxes(0, 1)  # fmt: skip
+        return jnp.mean((states @ p["v"] + p["c"] - jnp.roll(x, lag, 1))[:, lag:] ** 2)
+
+    x = jax.random.normal(jax.random.key(0), (512, 8, 1))
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss_fn)(params, x), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), None, length=100)[0][0]
+
+    gains = {}
+    for name in ("tiny", "random0"):
+        for seed in range(3):
+            draws = jax.random.normal(jax.random.key(seed), (8, 8))
+            params = dict(w=draws[:1], u=draws * 0.25, b=jnp.zeros(8), v=draws[:, :1], c=jnp.zeros(1))
+            sites = tinyjax.find_sites(loss_fn, params, x)
+            params = train(tinyjax.thin(params, sites, 2))
+            if seed == 0:
+                grow_step = jax.jit(
+                    tinyjax.make_grow_step(loss_fn, sites, method=getattr(tinyjax, name), num_neurons=2)
+                )
+            _, info = grow_step(params, x)
+            gains.setdefault(name, []).append(float(info.gain_achieved["w"]))
+    assert min(gains["tiny"]) > 2 * max(gains["random0"]) > 0, gains
+
+
+# Blocks used several times
+
+
+def depth_loss(loop, params, batch):
+    block = lambda h: h + (jnp.tanh(h @ params["w"] + params["b"]) @ params["u"] + params["c"])  # noqa: E731
+    return jnp.mean((loop(block, batch["x"]) @ params["o"] - batch["t"]) ** 2)
+
+
+DEPTH = dict(
+    unrolled=lambda block, h: block(block(block(h))),
+    scan=lambda block, h: jax.lax.scan(lambda h, _: (block(h), None), h, None, length=3)[0],
+    fori_loop=lambda block, h: jax.lax.fori_loop(0, 3, lambda _, h: block(h), h),
+)
+
+
+@pytest.mark.parametrize("loop", DEPTH)
+def test_a_block_used_three_times_adds_its_rows(loop):
+    """The sums over all uses, each with the whole adjoint there; what they say is least squares on the rows of all."""
+    params, batch = draw(w=(5, 4), b=(4,), u=(4, 5), c=(5,), o=(5, 3)), data(40, 5)
+    loss_fn = partial(depth_loss, DEPTH[loop])
+    site = tinyjax.find_sites(loss_fn, params, batch)["w"]
+    found = jax.jit(partial(tinyjax.estimate, loss_fn, sites=site), compiler_options=QUICK)(params, batch)
+
+    p, x, t = jax.tree.map(np.asarray, (params, batch["x"], batch["t"]))
+    states, hidden = [x], []
+    for _ in range(3):
+        hidden.append(np.tanh(states[-1] @ p["w"] + p["b"]))
+        states.append(states[-1] + hidden[-1] @ p["u"] + p["c"])
+    adjoint, goals = -2 * (states[-1] @ p["o"] - t) / t[0].size @ p["o"].T, []
+    for h in reversed(hidden):
+        goals.insert(0, adjoint)
+        adjoint = adjoint + (adjoint @ p["u"].T * (1 - h**2)) @ p["w"].T
+    ones = np.ones((len(x), 1))
+    rows = [[np.concatenate([a, ones], 1) for a in arrays] for arrays in (states[:3], hidden)]
+    b_prev, b, v = (np.concatenate([a[half::2] for half in (0, 1) for a in use]) for use in (*rows, goals))
+    for half in (0, 1):
+        mine = np.arange(len(v)) // (len(v) // 2) == half
+        for field, left, right in (("gram_prev", b_prev, b_prev), ("cross_prev", b_prev, v), ("gram", b, b)):
+            np.testing.assert_allclose(getattr(found, field)[half], left[mine].T @ right[mine], rtol=1e-10, atol=1e-13)
+    samples = oracles.Samples(b_prev, b, v, p["w"], p["u"])
+    _, singular = oracles.eckart_young(b_prev, oracles.residual(samples), 4)
+    neurons = tinyjax.tiny(found, num_neurons=4, ridge=0.0)
+    np.testing.assert_allclose(neurons.singular_values, np.sqrt(3) * singular[:4], rtol=1e-7)
+    psi = tinyjax.bottleneck(found)
+    np.testing.assert_allclose(psi.after, 3 * oracles.psi(oracles.residual(samples)), rtol=1e-10)
+
+
+def test_a_block_scanned_three_times_grows():
+    params, batch = draw(w=(5, 4), b=(4,), u=(4, 5), c=(5,), o=(5, 3)), data(7, 5)
+    model = Model(partial(depth_loss, DEPTH["scan"]), params, batch, {"w": 4})
+    (report,) = inspect(model).values()
+    assert report.silent_out == report.silent_in == report.untouched == report.dust == 0, report
+    assert report.slope < 1e-6 and report.identity < 1e-12, report

@@ -14,7 +14,16 @@ from jaxtyping import Array, Bool
 
 from tinyjax.layout import Layout, Params, replace_leaves
 from tinyjax.site import Site
-from tinyjax.slots import cols, consumers_have_bias, free_slots, matrices, require_growable, rows, site_leaves
+from tinyjax.slots import (
+    cols,
+    consumers_have_bias,
+    free_slots,
+    matrices,
+    recurrent_leaves,
+    require_growable,
+    rows,
+    site_leaves,
+)
 from tinyjax.surgery.write import empty_slots
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -64,17 +73,17 @@ def prune(
         )
     shape = weight.shape
     gram, weight = gram.reshape(-1, *gram.shape[-2:]), weight.reshape(-1, *shape[-2:]).astype(gram.dtype)
-    groups = _rows_of_slots(site.consumers[0].layout)
+    groups, own = _rows_of_slots(site.consumers[0].layout), _own_columns(site)
     used = ~free_slots(params, site)
 
     def remove(_: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         gram, weight, removed = carry
         inverse = jax.vmap(_inverse)(gram)
-        costs = jnp.sum(jax.vmap(_costs, in_axes=(0, 0, None))(inverse, weight, groups), axis=0)
+        costs = jnp.sum(jax.vmap(_costs, in_axes=(0, 0, None, None))(inverse, weight, groups, own), axis=0)
         costs = jnp.where(used & ~removed, costs, jnp.inf)
         j = jnp.argmin(costs)
         found = jnp.isfinite(costs[j])
-        refitted = jax.vmap(_without, in_axes=(0, 0, None))(inverse, weight, groups[j])
+        refitted = jax.vmap(_without, in_axes=(0, 0, None))(inverse, jnp.where(own[j], 0, weight), groups[j])
         left = jnp.ones(gram.shape[-1], bool).at[groups[j]].set(False) | ~found
         gram = jnp.where(left[:, None] & left, gram, 0)
         return gram, jnp.where(found, refitted, weight), removed.at[j].set(removed[j] | found)
@@ -93,6 +102,17 @@ def _rows_of_slots(layout: Layout) -> Array:
     return jnp.moveaxis(index, layout.rows.index(layout.slot), 0).reshape(layout.factors[layout.slot], -1)
 
 
+def _own_columns(site: Site) -> Array:
+    """For each slot the columns of the consumers' matrix that are the slot itself (recurrent units), `(capacity, M)`.
+
+    What a unit tells itself is not missed when it is gone.
+    """
+    recurrent, slots = recurrent_leaves(site), jnp.eye(site.capacity, dtype=bool)
+    return jnp.concatenate(
+        [slots if k.leaf in recurrent else jnp.zeros((site.capacity, cols(k)), bool) for k in site.consumers], axis=1
+    )
+
+
 def _inverse(gram: Array) -> Array:
     """(G + r diag G)^-1 with the smallest r that rounding allows: exact duplicates need one; silent inputs stay out."""
     scale = jnp.sqrt(jnp.diagonal(gram))
@@ -109,15 +129,15 @@ def _blocks(inverse: Array, group: Array) -> Array:
     return block + jnp.diag(silent.astype(block.dtype))
 
 
-def _costs(inverse: Array, weight: Array, groups: Array) -> Array:
-    """tr(W_j' [(G^-1)_jj]^-1 W_j) for every slot; 0 for the part of it that is silent."""
+def _costs(inverse: Array, weight: Array, groups: Array, own: Array) -> Array:
+    """tr(W_j' [(G^-1)_jj]^-1 W_j) for every slot; 0 for the part of it that is silent, or its own."""
 
-    def cost(group: Array) -> Array:
+    def cost(group: Array, own: Array) -> Array:
         heard = jnp.diagonal(inverse)[group] != 0
-        rows = jnp.where(heard[:, None], weight[group], 0)
+        rows = jnp.where(heard[:, None] & ~own, weight[group], 0)
         return jnp.sum(rows * jnp.linalg.solve(_blocks(inverse, group), rows))
 
-    return jax.vmap(cost)(groups)
+    return jax.vmap(cost)(groups, own)
 
 
 def _without(inverse: Array, weight: Array, group: Array) -> Array:
