@@ -235,7 +235,7 @@ def test_units_of_tiny_remember_what_random_ones_do_not():
                 grow_step = jax.jit(
                     tinyjax.make_grow_step(loss_fn, sites, method=getattr(tinyjax, name), num_neurons=2)
                 )
-            _, info = grow_step(params, x)
+            _, info = grow_step(params, x, key=jax.random.key(seed))
             gains.setdefault(name, []).append(float(info.gain_achieved["w"]))
     assert min(gains["tiny"]) > 2 * max(gains["random0"]) > 0, gains
 

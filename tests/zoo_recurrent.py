@@ -153,6 +153,34 @@ def two_layers_deep() -> Model:
 
 
 @recurrent
+def two_layers_in_one_scan() -> Model:
+    """Both begin with the same zeros, and are not one dimension for that."""
+
+    def apply(p, x):
+        def step(states, x):
+            first, second = states
+            first = cell(p["first"], first, x)
+            second = cell(p["second"], second, first)
+            return (first, second), second @ p["v"]
+
+        zero = zeros(p["first"], x)
+        return jax.lax.scan(step, (zero, zero), x.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+    params = dict(first=draw(w=(3, 4), u=(4, 4), b=(4,)), second=draw(1, w=(4, 4), u=(4, 4), b=(4,)))
+    return Model(mse(apply), params | draw(v=(4, 2)), sequences(), {"first/w": 4, "second/w": 4})
+
+
+@recurrent
+def one_sequence_at_a_time() -> Model:
+    def apply(p, x):
+        start = jnp.zeros(len(p["u"]))
+        states = jax.lax.scan(lambda h, x: (cell(p, h, x),) * 2, start, x)[1]
+        return states @ p["v"] + p["c"]
+
+    return Model(mse(lambda p, x: jax.vmap(apply, (None, 0))(p, x)), draw(**WEIGHTS), sequences(), {"w": 4})
+
+
+@recurrent
 def linen_rnn() -> Model:
     class Net(nn.Module):
         @nn.compact

@@ -22,6 +22,7 @@ class Axes:
         self.samples = Atom(num_samples, "it counts the samples of the batch")
         self._of: dict[Value, list[Axis]] = {}
         self._parameter_only = set(graph.params)
+        self._filled: set[Value] = set()  # with one number: what it is used with twice is not the same dimension
         self._power = dict.fromkeys(graph.params, 1)  # how fast a parameter-only tensor vanishes with an empty slot
         self._needed = behind_loss(graph)
         for value in graph.params:
@@ -42,12 +43,15 @@ class Axes:
         return value.kind == "const" or value in self._parameter_only
 
     def _apply(self, op: Op) -> None:
-        ins = [self[v] for v in op.ins]
+        apart = op.name in ("scan_carry", "dot_general")
+        ins = [_fresh(v) if apart and v in self._filled else self[v] for v in op.ins]
         outs = [_fresh(v) for v in op.outs]
         rule = _through if op.name in OWN else RULES.get(op.name, unknown)
         if op.name in REDUCTIONS and all(self.parameter_only(v) for v in op.ins):
             rule = reduce_parameters  # an L2 penalty ties nothing
         self._of.update(zip(op.outs, rule(op, ins, outs)))
+        if op.name == "broadcast_in_dim" and op.ins[0].const is not None:
+            self._filled.update(op.outs)
         if op.name == "dot_general" and not any(self.parameter_only(v) for v in op.ins):
             sides = contraction(op)
             for axes, summed, paired in zip(ins, sides.contracted, sides.batched):
