@@ -71,13 +71,36 @@ def test_statistics_against_a_loop_over_time(name):
     rows = through_time(model.params, batch, name != "scan_last_carry")
     for half in (0, 1):
         b, h, v = (x[half::2].reshape(-1, x.shape[-1]) for x in rows)
-        expected = dict(gram_prev=b.T @ b, cross_prev=b.T @ v, gram=h.T @ h, cross=h.T @ v, energy=np.sum(v**2))
+        energy = np.sum(v**2 / np.array(found.shares))
+        expected = dict(gram_prev=b.T @ b, cross_prev=b.T @ v, gram=h.T @ h, cross=h.T @ v, energy=energy)
         for field, value in expected.items():
             np.testing.assert_allclose(getattr(found, field)[half], value, rtol=1e-11, atol=1e-13, err_msg=field)
         np.testing.assert_allclose(found.link[half, 0], b.T @ h, rtol=1e-11, atol=1e-13)
     p = model.params
     np.testing.assert_array_equal(found.weight_prev, np.concatenate([p["w"], p["u"], p["b"][None]]))
     np.testing.assert_array_equal(found.weight, np.concatenate([p["u"], p["v"]], 1))
+    np.testing.assert_allclose(found.shares, [3 / 4] * 4 + [1 / 4 if name == "scan_last_carry" else 1] * 2)
+
+
+def test_a_readout_of_the_last_state_is_fitted_as_if_it_were_read_at_its_share_of_all():
+    """The update and the units are least squares on goals over the root of their share; the loss falls as they say."""
+    model = RECURRENT["scan_last_carry"]()
+    (site,) = tinyjax.find_sites(model.loss_fn, model.params, model.batch)
+    found = jax.jit(partial(tinyjax.estimate, model.loss_fn, sites=site), compiler_options=QUICK)(
+        model.params, model.batch
+    )
+    b, h, v = (x.reshape(-1, x.shape[-1]) for x in through_time(model.params, model.batch, False))
+    root = np.sqrt(found.shares)
+    samples = oracles.Samples(b, h, v / root, np.asarray(found.weight_prev), np.asarray(found.weight))
+    delta = oracles.least_squares(h, v / root)
+    np.testing.assert_allclose(tinyjax.best_update(found), delta / root, atol=1e-9)
+    move, singular = oracles.eckart_young(b, oracles.residual(samples), 2)
+    neurons = tinyjax.tiny(found, num_neurons=2, ridge=0.0)
+    np.testing.assert_allclose(b @ neurons.alpha @ neurons.omega, move / root, atol=1e-7)
+    n = len(model.batch["x"])
+    np.testing.assert_allclose(neurons.singular_values, np.sqrt(len(v) / n) * singular[:2], rtol=1e-7)
+    psi = tinyjax.bottleneck(found)
+    np.testing.assert_allclose(psi.after, np.sum(oracles.residual(samples) ** 2) / n, rtol=1e-8)
 
 
 # Surgery

@@ -73,7 +73,7 @@ class Statistics:
         gram: (2, H, H) G = sum of b b'.
         cross: (2, H, M) sum of b v'.
         link: (2, O, D, H) P = sum of b_prev b' for each kernel offset; None where it would be too large.
-        energy: (2,) sum of |v|^2.
+        energy: (2,) sum of |v|^2; of each consumer over its share, where there are `shares`.
         energy_matrix: (2, Q, Q) sum of v v', or None when it was not asked for.
         weight_prev: (D, C) matrix of the producer, bias row last.
         weight: (H, M) matrix of the consumer, bias row last.
@@ -92,6 +92,9 @@ class Statistics:
         heads: how many heads the slots come in, None without.
         spectra: of `gram_prev`, where it is known from earlier growths on the same samples; else None.
         gram_out: (2, Q, Q) R, the metric on the outputs of a query-key pair; None for the identity.
+        shares: for each column of the consumers, how many of the rows of b it reads (of recurrent units: the readout of
+            the last state one of many). S and G are over all rows; such a column counts as if it read its share of each
+            of them. None where all read all.
     """
 
     count: Array
@@ -116,6 +119,7 @@ class Statistics:
     spectra: Spectra | None = None
     heads: int | None = dataclasses.field(default=None, metadata={"static": True})
     gram_out: Array | None = None
+    shares: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Moments(NamedTuple):

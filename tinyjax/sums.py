@@ -113,6 +113,19 @@ def _cell_rows(site: Site, path: Path, cell: Cell, captured: Captured, num_sampl
     return Rows(x, h, v, None, None)
 
 
+def _shares(site: Site, paths: Sequence[Path]) -> tuple[float, ...] | None:
+    """For each column of the consumers of recurrent units, the share of the states that it reads."""
+    read = [[{*steps} - {NONE} for steps in path.cell.reads] for path in paths if path.cell is not None]
+    if not read:
+        return None
+    total = sum(len(set[int]().union(*steps)) for steps in read)
+    mine = dict.fromkeys((kernel.leaf for kernel in site.consumers), 0)
+    for path, steps in zip(paths, read):
+        for use, found in zip(path.consumers, steps):
+            mine[use.leaf] += len(found)
+    return tuple(mine[kernel.leaf] / total for kernel in site.consumers for _ in range(cols(kernel)))
+
+
 def _by_step(layout: Layout, array: Array, num_steps: int) -> Array:
     """A captured array as `(rows, steps, cols)`."""
     matrix = _matrix(layout, array)
@@ -140,7 +153,8 @@ def site_sums(
     Raises:
         ValueError: for a kernel used more than once at a site too wide for its `link` to be kept.
     """
-    options = num_samples, energy_matrix, signs, offset_gram, gates, update
+    shares = _shares(site, paths)
+    options = num_samples, energy_matrix, signs, offset_gram, gates, update, shares
     parts = [_path_sums(site, path, captured, *options) for path in paths]
     if len(parts) > 1 and any(part.link is None for part in parts):
         raise ValueError(f"site `{site.name}` is too wide for a kernel that is used {len(parts)} times")
@@ -157,6 +171,7 @@ def site_sums(
         bias=consumers_have_bias(site),
         gates=gates,
         heads=heads_of(site),
+        shares=shares,
     )
 
 
@@ -170,6 +185,7 @@ def _path_sums(
     offset_gram: bool,
     gates: Array | None,
     update: Array | None,
+    shares: tuple[float, ...] | None,
 ) -> Sums:
     """The sums of one path: rows with rows, or images through their windows."""
     if path.pair is not None:
@@ -194,7 +210,7 @@ def _path_sums(
         if gates is not None and gating is not None and path.activation is not None:
             opened = path.activation(matmul(gating, gates.astype(x.dtype)))
             weight = opened if weight is None else weight * opened
-        return row_sums(
+        sums = row_sums(
             x,
             h,
             v,
@@ -206,6 +222,9 @@ def _path_sums(
             signs=signs,
             offset_gram=offset_gram,
         )
+        if shares is None:
+            return sums
+        return sums._replace(energy=jnp.sum(_halves(v, num_samples) ** 2 / jnp.array(shares, v.dtype), axis=(-2, -1)))
     geometry = path.geometry
     return conv_sums(
         x.reshape(num_samples, *geometry.space, -1),

@@ -61,8 +61,8 @@ def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]
         @functools.wraps(method)
         def method_of_any(statistics: Statistics, *, num_neurons: int, key: Array | None = None, **options: Any) -> Any:
             one = functools.partial(method, **options)
-            if statistics.gram_out is not None:
-                plain, basis = orthonormal(statistics)
+            plain, basis = orthonormal(statistics)
+            if basis is not None:
                 return in_outputs(one(plain, num_neurons=num_neurons, key=key), basis)
             if statistics.heads is not None:
                 return over_heads(one, statistics, num_neurons=require_count(num_neurons), key=key)

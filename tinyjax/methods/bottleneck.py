@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import factor, inner, matmul
+from tinyjax.methods.metric import orthonormal
 from tinyjax.methods.update import best_update, residual_cross
 from tinyjax.statistics import Statistics, moments
 
@@ -35,6 +36,7 @@ def bottleneck(statistics: Statistics) -> Bottleneck:
 
     Reference: Verbockhaven et al., TMLR 2024, definition 3.1, proposition 3.1, eq. 9.
     """
+    statistics, _ = orthonormal(statistics)
     mean = moments(statistics)
     delta = best_update(statistics)
     after = mean.energy - 2 * inner(mean.cross, delta) + inner(delta, matmul(mean.gram, delta))

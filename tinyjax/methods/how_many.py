@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from tinyjax.linalg import Factor, factor, matmul, relative_cutoff
 from tinyjax.methods.base import input_root
+from tinyjax.methods.metric import orthonormal
 from tinyjax.methods.ridge import held_out
 from tinyjax.methods.tiny import ridge_of_update
 from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
@@ -52,6 +53,7 @@ def significant(statistics: Statistics, *, level: float = 0.05, ridge: Ridge = 1
     """
     if statistics.gates is not None:
         raise ValueError("`significant` knows no null for gated units: their gates were chosen on the same samples")
+    statistics, _ = orthonormal(statistics)
     mean = moments(statistics)
     if mean.null is None:
         raise ValueError("`significant` needs null draws: ask `estimate` or `make_grow_step` for `null_draws=19`")
@@ -145,6 +147,7 @@ def energy(
     """
     if not 0 <= share <= 1:
         raise ValueError(f"`share` must be in [0, 1], got {share}")
+    statistics, _ = orthonormal(statistics)
     mean = moments(statistics)
     cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
     squares = _squares(input_root(mean, resolve(ridge, statistics)), cross)[::-1]

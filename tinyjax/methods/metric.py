@@ -2,6 +2,7 @@
 
 A query-key pair costs tr(S C R C'), R being the covariance of the keys' tokens under the attention. With R = F F' and
 C = C_w F^(-1), that is tr(S C_w C_w'): every method then applies as it stands, and its fan-outs are brought back.
+Consumers that read only some of the rows that S is a sum over are brought to one scale the same way.
 """
 
 import dataclasses
@@ -19,14 +20,16 @@ SHRINKAGE = 1e-2
 
 
 def orthonormal(statistics: Statistics) -> tuple[Statistics, Array | None]:
-    """The statistics in coordinates of the outputs in which `gram_out` is the identity, and the way back.
+    """The statistics in coordinates of the outputs in which the metric is the identity, and the way back.
 
-    `energy`, at the scores, is replaced by what all moves together could gain in this metric.
+    `energy`, at the scores of queries and keys, is replaced by what all moves together could gain in this metric.
 
     Returns:
-        The statistics without `gram_out`, and B (Q, Q): omega in the network's coordinates is omega B'. None where
-        there is no metric.
+        The statistics without `gram_out` and `shares`, and B (Q, Q): omega in the network's coordinates is omega B'.
+        None where there is no metric.
     """
+    if statistics.shares is not None:
+        return _evenly(statistics, statistics.shares)
     if statistics.gram_out is None:
         return statistics, None
     total = jnp.maximum(statistics.count[0] + statistics.count[1], 1)
@@ -44,6 +47,22 @@ def orthonormal(statistics: Statistics) -> tuple[Statistics, Array | None]:
         gram_out=None,
     )
     return plain, basis
+
+
+def _evenly(statistics: Statistics, shares: tuple[float, ...]) -> tuple[Statistics, Array]:
+    """The statistics with v over the root of its consumer's share of the rows, and the way back."""
+    root = jnp.sqrt(jnp.array(shares, statistics.cross_prev.dtype))
+    matrix, null = statistics.energy_matrix, statistics.null
+    plain = dataclasses.replace(
+        statistics,
+        cross_prev=statistics.cross_prev / root,
+        cross=statistics.cross / root,
+        weight=statistics.weight * root,
+        energy_matrix=None if matrix is None else matrix / root / root[:, None],
+        null=null and null._replace(cross_prev=null.cross_prev / root, cross=null.cross / root),
+        shares=None,
+    )
+    return plain, jnp.diag(1 / root)
 
 
 def in_outputs(neurons: Any, basis: Array | None) -> Any:
