@@ -56,17 +56,22 @@ def inspect(model: Any, slope: float = 1.0) -> dict[str, Report]:
             start = thin(params, site, site.capacity - 1)
             variants.append(start)
             ka, ko = jax.random.split(k)
-            alpha = jax.random.normal(ka, (*lead(site.producers[0]), num_inputs(site), 1), start_dtype(params))
-            fan_out = sum(rows(c) // site.capacity * cols(c) for c in site.consumers)
-            omega = jax.random.normal(ko, (*site.stack, 1, fan_out), start_dtype(params))
+            *layers, size = *lead(site.producers[0]), 1
+            if site.pattern:  # value dimensions of a head: neurons side by side
+                *layers, size = lead(site.producers[0])
+            alpha = jax.random.normal(ka, (*layers, num_inputs(site), size), start_dtype(params))
+            fan_out = sum(rows(c) // site.capacity // size * cols(c) for c in site.consumers)
+            omega = jax.random.normal(ko, (*site.stack, size, fan_out), start_dtype(params))
             drawn[site.name] = alpha, omega
             gate = None
-            if site.gate is not None:
+            if site.gate is not None or site.pattern:
                 gate = estimate(model.loss_fn, start, batch, site, has_aux=model.has_aux).gates
 
             def add(a: Any, o: Any, g: Any, start: Any = start, site: Any = site, gate: Any = gate) -> Any:
                 alpha, omega = drawn[site.name]
-                return write(start, site, Neurons(a * alpha, o * omega, None, gate=gate), amplitude=g)[0]
+                return write(
+                    start, site, Neurons(a * alpha, o * omega, jnp.ones(alpha.shape[-1]), gate=gate), amplitude=g
+                )[0]
 
             variants.append(jax.vmap(add)(*jnp.array(TRIALS).T))
         stacked = jax.tree.map(lambda x: x[None], variants[0])

@@ -10,7 +10,7 @@ from test_separable import BATCH, COUPLED, SEPARABLE, N, over_time, sq, z
 
 import tinyjax
 from tinyjax.averaging import require_mean
-from tinyjax.estimate import take_samples
+from tinyjax.trace import take_samples
 
 PARAMS = zoo.two_layers()
 ONES = np.ones(3) / 3

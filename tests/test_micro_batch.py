@@ -13,8 +13,8 @@ import tinyjax
 from tests import zoo_images
 from tests.zoo import data
 from tinyjax import sums
-from tinyjax.estimate import take_samples
 from tinyjax.patches import conv_sums
+from tinyjax.trace import take_samples
 
 FIELDS = ("count", "gram_prev", "cross_prev", "gram", "cross", "link", "energy")
 

@@ -134,7 +134,9 @@ def test_the_score_of_a_pattern_is_what_one_half_of_the_samples_gains_on_the_oth
         move = np.linalg.solve(r, u[:, :VALUES] * s[:VALUES]) @ vt[:VALUES]
         left = goal[1 - i :: 2].reshape(-1, OUTPUTS)
         total += (np.sum(left**2) - np.sum((left - other @ move) ** 2)) / (SAMPLES / 2) / 2
-    np.testing.assert_allclose(held_out_value_gain(jnp.asarray(read), goal, VALUES, VALUES, 0.0), total, rtol=1e-9)
+    np.testing.assert_allclose(
+        held_out_value_gain(jnp.asarray(read), tokens.residual, VALUES, VALUES, 0.0), total, rtol=1e-9
+    )
 
 
 def test_a_choice_does_not_depend_on_the_unit_of_the_loss_or_of_the_tokens():

@@ -557,8 +557,8 @@ def transformer_block() -> Model:
     net, batch = Block(), data(5, 4, 5)
     params = f64(net.init(jax.random.key(0), batch["x"]))
     attention = "MultiHeadDotProductAttention_0"
-    refused = {"Dense_0": "producers", f"{attention}/query[1]": "counts attention heads"}
-    growable = {"up": 6, f"{attention}/value": 4, f"{attention}/query": 4}
+    refused = {"Dense_0": "producers"}
+    growable = {"up": 6, f"{attention}/value": 4, f"{attention}/query": 4, f"{attention}/heads": 2}
     return Model(mse(net.apply), params, batch, growable, refused)
 
 

@@ -150,7 +150,7 @@ def find_pair(
             acts = f"`{model.names[leaf]}` acts on queries or keys by `{found[0].op.name}`"
             raise Unaligned(f"{acts} (a norm of them?)")
 
-    attention = layouts.attention(_weights(model, op))
+    attention = layouts.attention()
     scores = dataclasses.replace(
         query, op=op, operand=key_side, inputs=layouts.queries, outputs=layouts.scores, bias=None, rows=()
     )
@@ -181,7 +181,7 @@ class _Layouts:
         if not key_kinds <= {TOKEN}:
             raise Unaligned("its scores have heads of keys that no query has")
         self._kind, self._side = kind, query_side
-        self.scores, sizes = self._score_layout(op.outs[0], "scores")
+        self.scores, sizes, _ = self._score_layout(op.outs[0], "scores", self._key_axes)
         self.sizes = (found[SAMPLE], found[HEAD], found[QUERY_HEAD], found[TOKEN], sizes[KEY])
         self.repeated = key_found[QUERY_HEAD]
         if key_found[TOKEN] != sizes[KEY] or found[SAMPLE] != key_found[SAMPLE] or found[HEAD] != key_found[HEAD]:
@@ -196,29 +196,42 @@ class _Layouts:
         layout, atoms = array_layout(name, self._op, self._stacked, self._model.axes[value], rows, cols)
         return _sorted(layout, [kind(atoms[f], side) for f in layout.rows])
 
-    def _score_layout(self, value: Value, name: str) -> tuple[Layout, list[int]]:
+    def _score_layout(self, value: Value, name: str, key_axes: Sequence[int]) -> tuple[Layout, list[int], list[Atom]]:
+        """The layout, the number of entries of each kind, and what the rows count where they count several."""
         every = tuple(range(len(value.shape)))
         layout, atoms = array_layout(name, self._op, self._stacked, self._model.axes[value], every, ())
         depth = len(self._op.scans)
-        keys = {depth + d for d in self._key_axes}
+        keys = {depth + d for d in key_axes}
         kinds = [
             KEY if layout.axes[f] in keys and layout.factors[f] > 1 else self._kind(atoms[f], self._side)
             for f in layout.rows
         ]
-        return _sorted(layout, kinds)
+        layout, sizes = _sorted(layout, kinds)
+        counted = [root(a) for f in layout.rows if (a := atoms[f]) is not None]
+        return layout, sizes, counted
 
-    def attention(self, found: tuple[Op, int] | None) -> Attention | None:
-        """The weights in the order of the scores; None where their axes are others."""
-        if found is None:
+    def attention(self) -> Attention | None:
+        """The weights in the order of the scores; None where they are not found or their axes are others.
+
+        They are what the first product of activations reads that is computed from scores entry by entry, or normalised.
+        """
+        scores = self._op.outs[0]
+        reached: dict[Value, tuple[int, ...]] = {scores: self._key_axes}
+        for op in self._model.graph.ops[self._model.order[self._op] + 1 :]:
+            hit = [i for i, v in enumerate(op.ins) if v in reached]
+            if hit and op.name == "dot_general":
+                return self._read_by(op, hit[0], reached[op.ins[hit[0]]]) if len(hit) == 1 else None
+            if hit:
+                axes = [moved for i in hit if (moved := _moved(op, i, reached[op.ins[i]])) is not None]
+                reached.update({out: max(axes, key=len) for out in op.outs if axes})
+        return None
+
+    def _read_by(self, op: Op, operand: int, key_axes: tuple[int, ...]) -> Attention | None:
+        if op.scans != self._op.scans or op.inside or not key_axes:
             return None
-        op, operand = found
-        value, scores = op.ins[operand], self._op.outs[0]
-        if value.shape != scores.shape or op.scans != self._op.scans or op.inside:
-            return None
-        layout, sizes = self._score_layout(value, "attention")
-        if sizes != self._score_layout(scores, "scores")[1] or layout.factors != self.scores.factors:
-            return None
-        return Attention(op.path, operand, layout)
+        layout, *rest = self._score_layout(op.ins[operand], "attention", key_axes)
+        _, *wanted = self._score_layout(self._op.outs[0], "scores", self._key_axes)
+        return Attention(op.path, operand, layout) if rest == wanted else None
 
 
 def _sorted(layout: Layout, kinds: Sequence[int]) -> tuple[Layout, list[int]]:
@@ -230,18 +243,22 @@ def _sorted(layout: Layout, kinds: Sequence[int]) -> tuple[Layout, list[int]]:
     return dataclasses.replace(layout, rows=tuple(layout.rows[i] for i in order)), sizes
 
 
-def _weights(model: Dimensions, op: Op) -> tuple[Op, int] | None:
-    """The first product of activations that reads something computed from scores entry by entry or normalised."""
-    reached = set(op.outs)
-    for later in model.graph.ops[model.order[op] + 1 :]:
-        hit = [i for i, v in enumerate(later.ins) if v in reached]
-        if not hit:
-            continue
-        if later.name == "dot_general":
-            return (later, hit[0]) if len(hit) == 1 else None
-        if later.name in ELEMENTWISE or later.name in REDUCTIONS or later.name == "broadcast_in_dim" or is_view(later):
-            reached.update(later.outs)
-    return None
+def _moved(op: Op, operand: int, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where an operation between scores and weights puts some axes of an operand; None where that cannot be said."""
+    before, after = op.ins[operand].shape, op.outs[0].shape
+    if op.name == "transpose":
+        return tuple(op.params["permutation"].index(d) for d in axes)
+    if op.name == "broadcast_in_dim":
+        return tuple(op.params["broadcast_dimensions"][d] for d in axes)
+    if op.name in REDUCTIONS:
+        left = [d for d in range(len(before)) if d not in op.params["axes"]]
+        return tuple(left.index(d) for d in axes if d in left)
+    if op.name in ELEMENTWISE:
+        return axes
+    long, now = [d for d, n in enumerate(before) if n > 1], [d for d, n in enumerate(after) if n > 1]
+    if not is_view(op) or [before[d] for d in long] != [after[d] for d in now] or not set(axes) <= set(long):
+        return None
+    return tuple(now[long.index(d)] for d in axes)
 
 
 def _power(model: Dimensions, op: Op, before: Sequence[Op], capacity: int) -> float:

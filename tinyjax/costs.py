@@ -62,7 +62,10 @@ def forward_flops(sites: Iterable[Site] | Site, widths: Mapping[str, int]) -> in
     """
     products = {}
     for site in resized(as_sites(sites), widths):
-        products |= {k.leaf: 2 * math.prod(k.layout.shape) * k.positions for k in (*site.producers, *site.consumers)}
+        products |= {
+            k.leaf: 2 * math.prod(k.layout.shape) * k.positions
+            for k in (*site.producers, *site.consumers, *site.pattern)
+        }
     return sum(products.values())
 
 

@@ -19,13 +19,14 @@ from tinyjax.gates import search_gates
 from tinyjax.layout import Params
 from tinyjax.linalg import solve
 from tinyjax.patches import LINK_LIMIT
+from tinyjax.patterns import search_patterns
 from tinyjax.separable import coupling
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import Discovery, discover, paths_of
 from tinyjax.slots import matrices, per_site, require_growable
-from tinyjax.statistics import Statistics, keep_half, merge
+from tinyjax.statistics import Pattern, Statistics, keep_half, merge
 from tinyjax.sums import capture_paths, null_signs, site_sums
-from tinyjax.trace import Trace, batch_size, has_samples, trace
+from tinyjax.trace import Trace, batch_size, has_samples, map_samples, take_samples, trace
 from tinyjax.window import num_offsets
 
 DEFAULT_CHUNK = 1024
@@ -102,8 +103,9 @@ def estimate(
             convolutions; `tiny_conv_als` and `conv_gains` need it).
         null_draws: R, also sum with random signs R times (`significant` needs 19). The sign of a sample follows from
             its position among all samples alone. Costs about R times N and P.
-        num_gates: how many gates to look for at a site of gated units, in a pass of their own over at most
-            `DEFAULT_CHUNK` samples: as many as neurons are to be added. For all such sites or by name.
+        num_gates: how many gates to look for at a site of gated units, or patterns at one of whole attention heads, in
+            a pass of their own over at most `DEFAULT_CHUNK` samples: as many as units or heads are to be added. For all
+            such sites or by name.
         chunk: samples a pass, even; default at most `DEFAULT_CHUNK`, or the whole batch where the loss couples its
             samples: one capture then, in which only the sums over patches pass by chunks.
         micro_batch: makes the loss the mean of the losses of so many samples at a time (even; the last may be fewer),
@@ -139,7 +141,7 @@ def estimate(
         found = estimate_batch(loss_fn, params, one, sites, first=first, **options).statistics
         first += batch_size(one)
         if total and any(s.gates is not None for s in found.values()):
-            raise ValueError("the gates of gated units are looked for in one batch: pass one, not an iterator")
+            raise ValueError("gates and patterns of new heads are looked for in one batch: pass one, not an iterator")
         if total and any(s.link is None for s in found.values()):
             raise ValueError("a site is too wide for statistics of several batches to be merged: pass one batch")
         total = {name: merge(total[name], s) if total else s for name, s in found.items()}
@@ -178,7 +180,11 @@ def estimate_batch(
     size = min(micro_batch or chunk or even, num_samples)
     gated = Sites(site for site in sites if site.gate is not None)
     some = take_samples(batch, 0, min(DEFAULT_CHUNK, num_samples))
-    gates = search_gates(loss_fn, params, some, gated, per_site(sites, num_gates), has_aux=has_aux) if gated else {}
+    whole_heads = Sites(site for site in sites if site.pattern)
+    gates: dict[str, Array | Pattern] = {}
+    for search, found in ((search_gates, gated), (search_patterns, whole_heads)):
+        if found:
+            gates |= search(loss_fn, params, some, found, per_site(sites, num_gates), has_aux=has_aux)
     step = _Step(loss_fn, sites, has_aux, energy_matrix, offset_gram, null_draws, gates)
     if size < num_samples:
         traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
@@ -230,7 +236,7 @@ class _Step(NamedTuple):
     energy_matrix: bool
     offset_gram: bool
     null_draws: int
-    gates: Mapping[str, Array]
+    gates: Mapping[str, Array | Pattern]
     updates: Mapping[str, Array] = MappingProxyType({})  # of wide sites: what N is projected against
 
     def __call__(self, traced: Trace, discovery: Discovery, params: Params, batch: Any, first: Array | int) -> Estimate:
@@ -290,7 +296,7 @@ def _scan(
 ) -> Estimate:
     """Chunks of equal size in a scan, the remainder on its own."""
     chunks = num_samples // size
-    stacked = _map_samples(lambda x: x[: chunks * size].reshape(chunks, size, *x.shape[1:]), batch)
+    stacked = map_samples(lambda x: x[: chunks * size].reshape(chunks, size, *x.shape[1:]), batch)
     leaves, structure = jax.tree.flatten(stacked)
     sliced = [has_samples(leaf) for leaf in jax.tree.leaves(batch)]
 
@@ -312,7 +318,7 @@ def _scan(
         return total
     rest = take_samples(batch, chunks * size, num_samples)
     if left == 1:  # an axis of one sample has no identity: repeat the sample, and count the copy's half as empty
-        rest = _map_samples(lambda x: jnp.concatenate([x, x]), rest)
+        rest = map_samples(lambda x: jnp.concatenate([x, x]), rest)
     rest_traced = trace(step.loss_fn, params, rest, has_aux=step.has_aux)
     last = step(rest_traced, discover(rest_traced), params, rest, first + chunks * size)
     if left == 1:
@@ -322,12 +328,3 @@ def _scan(
 
 def _merge_all(a: dict[str, Statistics], b: dict[str, Statistics]) -> dict[str, Statistics]:
     return {name: merge(a[name], b[name]) for name in a}
-
-
-def _map_samples(function: Callable[[Array], Array], batch: Any) -> Any:
-    return jax.tree.map(lambda leaf: function(jnp.asarray(leaf)) if has_samples(leaf) else leaf, batch)
-
-
-def take_samples(batch: Any, start: int, stop: int) -> Any:
-    """The samples `start` to `stop` of a batch; keys and 0-d leaves are kept whole."""
-    return _map_samples(lambda x: x[start:stop], batch)

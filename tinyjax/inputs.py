@@ -75,7 +75,9 @@ def decompose_inputs(
 def _reads_only_data(discovery: Discovery, site: Site) -> bool:
     """Whether no parameter reaches the producer's input, nor what its rows are multiplied by."""
     paths = discovery.paths.get(site.name, ())
-    return not site.stack and site.gate is None and all(_is_data(discovery, path) for path in paths)
+    return (
+        not site.stack and site.gate is None and not site.pattern and all(_is_data(discovery, path) for path in paths)
+    )
 
 
 def _is_data(discovery: Discovery, path: Path) -> bool:

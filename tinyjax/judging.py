@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from jaxtyping import Array
 
-from tinyjax.atoms import Atom, root
+from tinyjax.atoms import Atom, root, roots
+from tinyjax.attention import (
+    Head,
+    counts_heads,
+    find_replay,
+    find_scores,
+    is_shared,
+    require_same_heads,
+    value_product,
+)
 from tinyjax.bilinear import Pair, find_pair, score_op
 from tinyjax.dimensions import Dimensions
 from tinyjax.flow import ROW_BY_ROW, Flow
@@ -17,9 +26,9 @@ from tinyjax.layout import Layout
 from tinyjax.norms import find_norm, roles
 from tinyjax.recurrence import Cell, find_recurrence
 from tinyjax.rowweights import RowWeight, lay_out_weight
-from tinyjax.rules import BETWEEN_ACTIVATIONS, HEADS
+from tinyjax.rules import BETWEEN_ACTIVATIONS, SHARED_HEADS, contraction
 from tinyjax.site import Kernel, Member, Norm, Site
-from tinyjax.tangent import Tangent, find_tangent
+from tinyjax.tangent import Tangent, find_tangent, heads_as_layers, heads_first
 from tinyjax.trace import Op, Value
 from tinyjax.uses import Use
 from tinyjax.wiring import is_view
@@ -38,6 +47,7 @@ class Path(NamedTuple):
         pair: the keys, where the producer makes queries and the consumer is the product of both.
         cell: of recurrent units, what the producer is added to and which of its results the consumers read, or None.
         tangent: what lies between the two where rows are mixed or slots come in heads; None where rows are kept.
+        head: queries, keys and what becomes of them, where a slot is a whole attention head; the producer makes values.
     """
 
     producer: Use
@@ -49,11 +59,12 @@ class Path(NamedTuple):
     tangent: Tangent | None = None
     pair: Pair | None = None
     cell: Cell | None = None
+    head: Head | None = None
 
     def taps(self) -> dict[tuple[int, ...], int]:
         """The operands to record besides those of the uses, by address."""
         weights = {weight.address: weight.operand for weight in self.weights}
-        taps = dict(weights)
+        taps = dict(weights) | ({} if self.head is None else self.head.taps())
         tangents = [] if self.pair is None else [self.pair.queries, self.pair.keys]
         for tangent in tangents if self.tangent is None else [self.tangent]:
             taps |= tangent.taps
@@ -70,7 +81,10 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
     found: dict[int, str] = {}
     norm = None
     scores = score_op(model, dimension)
-    if scores is not None and not consumers and dimension not in model.obstructed:
+    whole_heads = counts_heads(model, dimension)
+    if whole_heads and dimension not in model.obstructed:
+        reason, paths, found, norm = _whole_heads(model, dimension)
+    elif scores is not None and not consumers and dimension not in model.obstructed:
         reason, paths, found, norm = _query_key(model, scores, producers, dimension)
     elif _recurs(model, dimension, producers, consumers):
         reason, paths, found, norm = _recurrent(model, dimension, producers, consumers)
@@ -86,7 +100,11 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
     elif paths:
         producers = [path.producer for path in paths]
         consumers = [consumer for path in paths for consumer in path.consumers]
+    every = (*producers, *consumers)
+    if paths and paths[0].head is not None:
+        producers, consumers = [paths[0].producer], paths[0].consumers
     gates = [path.gate for path in paths if path.gate is not None]
+    pattern = [use for path in paths if path.head is not None for use in (path.head.query, path.head.key)]
     gate_leaf = gates[0].leaf if gates else None
     members = tuple(
         _member(model, leaf, factor, dimension, found, gate_leaf) for leaf, factor in model.leaves[dimension]
@@ -94,7 +112,7 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
     layers = consumers or producers  # heads are in front of a producer's layers, not of its consumers'
     stack = tuple(layers[0].kernel.factors[f] for f in layers[0].kernel.stack) if layers else ()
     site = Site(
-        name="",
+        name=_heads_name([use.leaf for use in every]) if whole_heads else "",
         capacity=dimension.size,
         growable=not reason,
         reason=reason,
@@ -105,8 +123,16 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
         norm=norm,
         power=paths[0].pair.power if paths and paths[0].pair is not None else 0.0,
         gate=next(iter(_kernels(model, gates, dimension, "cols")), None),
+        pattern=_kernels(model, pattern, dimension, "cols"),
     )
     return site, paths
+
+
+def _heads_name(leaves: Sequence[str]) -> str:
+    """A name for the heads of an attention: `heads` in the module that all of its kernels are in."""
+    parts = [leaf.removeprefix("params/").split("/")[:-1] for leaf in leaves]
+    shared = [names[0] for names in zip(*parts) if len(set(names)) == 1]
+    return "/".join([*shared, "heads"])
 
 
 def _static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use], consumers: Sequence[Use]) -> str:
@@ -114,8 +140,7 @@ def _static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use],
     if dimension in model.obstructed:
         return model.obstructed[dimension]
     if BETWEEN_ACTIVATIONS in dimension.marks:
-        heads = len(producers) > 1 and consumers and score_op(model, dimension) is None
-        return HEADS if heads else BETWEEN_ACTIVATIONS
+        return SHARED_HEADS if is_shared(model, dimension) else BETWEEN_ACTIVATIONS
     written, read = list(dict.fromkeys(u.leaf for u in producers)), list(dict.fromkeys(u.leaf for u in consumers))
     both = [leaf for leaf in written if leaf in read]
     if both:
@@ -170,6 +195,81 @@ def _query_key(
             if op not in seen:
                 return _refusal(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
     return "", (Path(producer, (consumer,), pair=pair),), found, None
+
+
+def _whole_heads(model: Dimensions, dimension: Atom) -> tuple[str, tuple[Path, ...], dict[int, str], Norm | None]:
+    """The path of whole attention heads, or why none can be added."""
+    other = next((why for why in dimension.marks if why != BETWEEN_ACTIVATIONS), "")
+    if other:
+        return _refusal(f"it counts attention heads, and {other}")
+    try:
+        op, inner = find_scores(model, dimension)
+        reason, (*scored,), met, _ = _query_key(model, op, model.producing[inner], inner)
+        if reason:
+            raise Unaligned(f"of its queries and keys: {reason}")
+        query, key = (next(u for u in model.producing[dimension] if u.op is x.op) for x in _pair_uses(scored[0]))
+        value, inner = value_product(model, dimension, (query.op, key.op))
+        producers, consumers = model.producing[inner], model.consuming.get(inner, [])
+        reason = _static_reason(model, inner, producers, consumers)
+        (*read,), found = (), {}
+        if not reason:
+            reason, (*read,), found, _ = _paths(model, inner, producers, consumers)
+        if reason or len(read) != 1 or read[0].tangent is None:
+            raise Unaligned(f"of its values: {reason or 'more than one product makes them'}")
+        path = _head_path(model, dimension, inner, op, scored[0], read[0], (query, key, value))
+    except Unaligned as unaligned:
+        return _refusal(f"it counts attention heads; {unaligned}")
+    known = {use.leaf for use in (query, key, value, *path.consumers)}
+    for leaf, _ in model.leaves[dimension]:
+        if model.names[leaf] not in known and (met | found).get(leaf) != "shift":
+            return _refusal(f"it counts attention heads, and `{model.names[leaf]}` has an entry for each")
+    return "", (path,), met | found, None
+
+
+def _pair_uses(path: Path) -> tuple[Use, Use]:
+    assert path.pair is not None
+    return path.producer, path.pair.projected
+
+
+def _head_path(
+    model: Dimensions, dimension: Atom, inner: Atom, op: Op, scored: Path, read: Path, uses: tuple[Use, Use, Use]
+) -> Path:
+    """The path of whole heads from those of their query-key and value dimensions.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    pair, tangent = scored.pair, read.tangent
+    query, key, value = uses
+    assert pair is not None and tangent is not None
+    samples, heads, shared, _, _ = pair.sizes
+    if shared != 1 or pair.repeated != 1 or heads != dimension.size or samples != model.axes.samples.size:
+        raise Unaligned("several queries share a head of keys")
+    replay = find_replay(model, op, pair.attention, dimension)
+    assert pair.attention is not None
+    if tangent.taps.get(pair.attention.address) != pair.attention.operand:
+        raise Unaligned("its weights are not what mixes its values")
+    layers = [heads_as_layers(use, dimension) for use in uses]
+    consumers = tuple(heads_first(use, [inner], dimension, value.leaf) for use in read.consumers)
+    if any(len(use.kernel.rows) - use.kernel.rows.index(_slots(use, dimension)) != 1 for use in consumers):
+        raise Unaligned(f"`{consumers[0].leaf}` does not read it head by head")
+    layout = scored.consumers[0].outputs
+    head = Head(layers[0], layers[1], pair, layout, replay, pair.attention, tangent)
+    require_same_heads(model, head, dimension)
+    side = scored.consumers[0].operand  # of the keys
+    tokens = [[a for d in contraction(op).free[k] for a in roots(model.axes[op.ins[k]][d])] for k in (1 - side, side)]
+    if [root(a) for a in consumers[0].rows if a is not None] != [root(model.axes.samples), *tokens[0]]:
+        raise Unaligned("its outputs have other rows than its queries")
+    if {root(a) for a in value.rows if a is not None} != {root(model.axes.samples), *tokens[1]}:
+        raise Unaligned("its values come from other tokens than its keys")
+    return Path(aligned(layers[2], [model.axes.samples, *tokens[1]]), consumers, head=head)
+
+
+def _slots(use: Use, dimension: Atom) -> int:
+    """The factor of a consumer's kernel that counts the slots."""
+    columns = [f for f in use.inputs.cols if use.inputs.factors[f] > 1]
+    place = next(i for i, f in enumerate(columns) if (a := use.input_atoms[f]) is not None and root(a) is dimension)
+    return [f for f in use.kernel.rows if use.kernel.factors[f] > 1][place]
 
 
 def _paths(

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tinyjax.estimate import num_chunks, take_samples
+from tinyjax.estimate import num_chunks
 from tinyjax.judging import Path
-from tinyjax.trace import Trace, batch_size
+from tinyjax.trace import Trace, batch_size, take_samples
 
 FEWEST = 8
 """Samples that a growth needs at least."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.estimate import estimate_batch, take_samples
+from tinyjax.estimate import estimate_batch
 from tinyjax.growth import held_out_best_update
 from tinyjax.layout import Params
 from tinyjax.linalg import matmul
@@ -32,7 +32,7 @@ from tinyjax.site import Site, as_sites
 from tinyjax.slots import per_site, require_growable
 from tinyjax.statistics import Statistics
 from tinyjax.surgery import add_update, write
-from tinyjax.trace import batch_size
+from tinyjax.trace import batch_size, take_samples
 
 Model = Callable[[Params, Any], Any]
 Objective = Callable[[Any, Any], Array]

@@ -32,7 +32,7 @@ ALONG = frozenset(
 
 
 INPUT = "it is an input of the model"
-HEADS = "it counts attention heads, and a whole new head cannot be grown yet"
+SHARED_HEADS = "it counts queries that share a head of keys: no whole one is added, its dimensions can grow"
 BETWEEN_ACTIVATIONS = "it pairs two activations (attention scores?)"
 
 

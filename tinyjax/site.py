@@ -90,6 +90,8 @@ class Site:
         norm: a batch normalisation on the way to the consumers, or None.
         power: of a query-key dimension whose scores the model multiplies by capacity^-power: `resize` makes up for it.
         gate: the kernel whose activation multiplies the producer's output slot by slot (GLU, SwiGLU), or None.
+        pattern: for a site of whole attention heads the kernels of queries and keys, its producer being that of the
+            values; () elsewhere. Their layers (and the producer's) are the dimensions of a head.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Site:
     norm: Norm | None = None
     power: float = 0.0
     gate: Kernel | None = None
+    pattern: tuple[Kernel, ...] = ()
 
 
 class Sites(Sequence[Site]):
@@ -156,7 +159,7 @@ class Sites(Sequence[Site]):
             (
                 site.name,
                 " x ".join(map(str, (*site.stack, site.capacity))),
-                _brief(site.producers) + ("" if site.gate is None else f" x {_brief([site.gate])}"),
+                _brief([*site.pattern, *site.producers]) + ("" if site.gate is None else f" x {_brief([site.gate])}"),
                 _brief(site.consumers),
                 "yes" if site.growable else f"no: {site.reason}",
             )
@@ -197,17 +200,24 @@ def resized(sites: Iterable[Site], capacities: Mapping[str, int]) -> Sites:
         bias = None if kernel.bias is None else update(kernel.bias)
         return dataclasses.replace(kernel, layout=update(kernel.layout), bias=bias)
 
-    return Sites(
-        dataclasses.replace(
+    def update_site(site: Site) -> Site:
+        producers, consumers = (tuple(map(update_kernel, kernels)) for kernels in (site.producers, site.consumers))
+        return dataclasses.replace(
             site,
             capacity=capacities.get(site.name, site.capacity),
             members=tuple(Member(update(m.layout), m.role) for m in site.members),
-            producers=tuple(update_kernel(k) for k in site.producers),
-            consumers=tuple(update_kernel(k) for k in site.consumers),
+            producers=producers,
+            consumers=consumers,
+            stack=_stack(consumers or producers),  # the heads of queries and keys are layers
             gate=None if site.gate is None else update_kernel(site.gate),
+            pattern=tuple(map(update_kernel, site.pattern)),
         )
-        for site in sites
-    )
+
+    return Sites(map(update_site, sites))
+
+
+def _stack(kernels: Sequence[Kernel]) -> tuple[int, ...]:
+    return tuple(kernels[0].layout.factors[f] for f in kernels[0].layout.stack) if kernels else ()
 
 
 def _position(layout: Layout, factor: int) -> int:

@@ -122,7 +122,7 @@ def _named(model: Dimensions, judged: Sequence[tuple[Site, tuple[Path, ...]]]) -
     for i in sorted(range(len(judged)), key=lambda i: not judged[i][0].growable):
         site, _ = judged[i]
         leaf = site.producers[0].leaf if site.producers else site.members[0].leaf
-        name = _short_name(model, leaf)
+        name = site.name or _short_name(model, leaf)
         taken[name] = taken.get(name, 0) + 1
         names[i] = name if taken[name] == 1 else f"{name}[{taken[name] - 1}]"
     return [(dataclasses.replace(site, name=names[i]), paths) for i, (site, paths) in enumerate(judged)]

@@ -139,9 +139,38 @@ def require_growable(site: Site) -> None:
             raise ValueError(f"site `{site.name}` cannot grow: {why}")
 
 
+def used_dimensions(leaves: Mapping[str, Array], site: Site) -> tuple[Array, Array]:
+    """Which query-key and which value dimensions any head of a site of whole heads uses; all, where none is used.
+
+    Returns:
+        Booleans (k,) and (U,): a new head uses the same, so that the widths of those sites stay what they are.
+    """
+    query, key = site.pattern
+    (producer,) = site.producers
+    scores = _layers_in_use(leaves, site, query) | _layers_in_use(leaves, site, key)
+    values = _layers_in_use(leaves, site, producer)
+    for kernel in site.consumers:  # rows are (value dimension, head)
+        matrix = kernel.layout.to_matrix(leaves[kernel.leaf])
+        values |= _any_besides(matrix.reshape(*matrix.shape[:-2], len(values), -1), len(site.stack))
+    return scores | ~jnp.any(scores), values | ~jnp.any(values)
+
+
+def _layers_in_use(leaves: Mapping[str, Array], site: Site, kernel: Kernel) -> Array:
+    """Which of the last layers of a kernel hold anything but zeros, its bias included."""
+    layouts = [layout for layout in (kernel.layout, kernel.bias) if layout is not None]
+    depth = len(site.stack)
+    found = [_any_besides(layout.to_matrix(leaves[layout.leaf]), depth) for layout in layouts]
+    return found[0] if len(found) == 1 else found[0] | found[1]
+
+
+def _any_besides(x: Array, axis: int) -> Array:
+    """Where along an axis anything is not zero."""
+    return jnp.any(x != 0, axis=tuple(d for d in range(x.ndim) if d != axis))
+
+
 def gates(site: Site) -> tuple[Kernel, ...]:
-    """The kernel of the gate, if there is one."""
-    return () if site.gate is None else (site.gate,)
+    """The kernels that decide when a neuron speaks and no amplitude scales: of the gate, of queries and keys."""
+    return site.pattern if site.gate is None else (site.gate, *site.pattern)
 
 
 def site_leaves(params: Params, site: Site) -> dict[str, Array]:

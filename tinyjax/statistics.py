@@ -51,6 +51,20 @@ class Null(NamedTuple):
     link: Array
 
 
+class Pattern(NamedTuple):
+    """Queries and keys of new attention heads, and how many value dimensions they have.
+
+    Attributes:
+        query: (k, D, C) of C heads, the constant's row last iff the queries have a bias.
+        key: (k, E, C), with a row of zeros last iff the keys have a bias.
+        values: (U, C) booleans, which value dimensions a head may use.
+    """
+
+    query: Array
+    key: Array
+    values: Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Statistics:
@@ -88,7 +102,8 @@ class Statistics:
             was not asked for.
         gates: (B, C) for a gated unit the fan-ins of C new gates, bias row last iff the gate has one; D then counts C
             blocks side by side, b_prev = [g(beta_c' x) x for every gate beta_c], and `weight_prev` has the rows of one.
-            None elsewhere.
+            For a site of whole attention heads the `Pattern` of C new ones: block c is then what head c collects, and
+            U neurons read through it, its value dimensions. None elsewhere.
         heads: how many heads the slots come in, None without.
         spectra: of `gram_prev`, where it is known from earlier growths on the same samples; else None.
         gram_out: (2, Q, Q) R, the metric on the outputs of a query-key pair; None for the identity.
@@ -115,7 +130,7 @@ class Statistics:
     cross_asked: Array | None = None
     null: Null | None = None
     offset_gram: Array | None = None
-    gates: Array | None = None
+    gates: Array | Pattern | None = None
     spectra: Spectra | None = None
     heads: int | None = dataclasses.field(default=None, metadata={"static": True})
     gram_out: Array | None = None
@@ -242,11 +257,21 @@ def keep_halves(statistics: Statistics, kept: Array) -> Statistics:
     return dataclasses.replace(found, spectra=Spectra(of_part, found.spectra.other))
 
 
+def num_gates(statistics: Statistics) -> int:
+    """C, of how many new gates (or patterns of whole heads) the record holds blocks; 1 for any other site."""
+    return 1 if statistics.gates is None else jax.tree.leaves(statistics.gates)[-1].shape[-1]
+
+
+def neurons_a_gate(statistics: Statistics) -> int:
+    """How many neurons read through a block: the value dimensions of a whole head, else 1."""
+    return statistics.gates.values.shape[-2] if isinstance(statistics.gates, Pattern) else 1
+
+
 def one_gate(statistics: Statistics, index: int | Array) -> Statistics:
-    """The statistics of a gated unit for one of its gates alone: an ordinary record."""
+    """The statistics for one of the gates (or patterns) alone: an ordinary record."""
     if statistics.gates is None:
         return statistics
-    size = statistics.gram_prev.shape[-1] // statistics.gates.shape[-1]
+    size = statistics.gram_prev.shape[-1] // num_gates(statistics)
 
     def block(x: Array | None, axis: int) -> Array | None:
         return None if x is None else jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=x.ndim + axis)

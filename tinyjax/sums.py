@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.attention import Head, collected, tokens_of
 from tinyjax.bilinear import Pair
 from tinyjax.capture import Captured, capture
 from tinyjax.judging import Path
@@ -20,7 +21,7 @@ from tinyjax.scores import score_sums
 from tinyjax.site import Site
 from tinyjax.slots import cols, consumers_have_bias, matrices, producers_have_bias, rows, width
 from tinyjax.states import NONE
-from tinyjax.statistics import Null, Statistics
+from tinyjax.statistics import Null, Pattern, Statistics
 from tinyjax.tangent import carry
 from tinyjax.trace import Trace
 from tinyjax.uses import Use
@@ -55,8 +56,10 @@ class Rows(NamedTuple):
 def capture_paths(traced: Trace, params: Params, batch: Any, paths: Sequence[Path]) -> Captured:
     """What the rows of all these paths need, in one forward and one backward pass."""
     producers = [path.producer for path in paths] + [path.gate for path in paths if path.gate is not None]
+    heads = [path.head for path in paths if path.head is not None]
     producers += [path.pair.projected for path in paths if path.pair is not None]
     producers += [term for path in paths if path.cell is not None for term in path.cell.terms.values()]
+    producers += [use for head in heads for use in (head.query, head.pair.projected)]
     consumers = [consumer for path in paths for consumer in path.consumers]
     return capture(
         traced,
@@ -141,14 +144,14 @@ def site_sums(
     energy_matrix: bool,
     signs: Array | None = None,
     offset_gram: bool = False,
-    gates: Array | None = None,
+    gates: Array | Pattern | None = None,
     update: Array | None = None,
 ) -> Statistics:
     """The record of one site from what its paths captured; a leaf used twice adds its rows.
 
     With `signs` (R, n) also its null sums. With `gates` (*stack, B, C), the record of a gated unit for these gates;
-    without, as if its gate were 1. Where no `link` is formed, N is projected against `update`; None: against the best
-    one of these samples.
+    without, as if its gate were 1. With a `Pattern`, that of these new heads; without, of one that attends uniformly.
+    Where no `link` is formed, N is projected against `update`; None: against the best one of these samples.
 
     Raises:
         ValueError: for a kernel used more than once at a site too wide for its `link` to be kept.
@@ -160,6 +163,9 @@ def site_sums(
         raise ValueError(f"site `{site.name}` is too wide for a kernel that is used {len(parts)} times")
     total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
     weight_prev, weight = matrices(params, site)
+    if site.pattern:  # the value dimensions of all heads, in the order of the consumers' rows
+        *lead, _, inputs, _ = weight_prev.shape
+        weight_prev = jnp.moveaxis(weight_prev, -3, -2).reshape(*lead, inputs, -1)
     dtype = total.energy.dtype
     return Statistics(
         count=jnp.broadcast_to(jnp.array([(num_samples + 1) // 2, num_samples // 2], dtype), (*site.stack, 2)),
@@ -183,7 +189,7 @@ def _path_sums(
     energy_matrix: bool,
     signs: Array | None,
     offset_gram: bool,
-    gates: Array | None,
+    gates: Array | Pattern | None,
     update: Array | None,
     shares: tuple[float, ...] | None,
 ) -> Sums:
@@ -206,7 +212,13 @@ def _path_sums(
             signs=signs,
             offset_gram=offset_gram,
         )
+    if path.head is not None:
+        assert not isinstance(gates, Array)
+        seen = head_inputs(site, path.head, with_constant(x, bias_prev), captured, gates)
+        seen = seen.reshape(*seen.shape[:-2], -1)
+        return row_sums(seen, h, v, num_samples, bias_prev=False, bias=bias, energy_matrix=energy_matrix)
     if path.geometry is None:
+        assert not isinstance(gates, Pattern)
         if gates is not None and gating is not None and path.activation is not None:
             opened = path.activation(matmul(gating, gates.astype(x.dtype)))
             weight = opened if weight is None else weight * opened
@@ -242,6 +254,26 @@ def _path_sums(
     )
 
 
+def head_tokens(site: Site, head: Head, captured: Captured) -> tuple[Array, Array]:
+    """What queries and keys of a new head read, `(*stack, n, T, D)` and `(*stack, n, U, E)`."""
+    projected = head.pair.projected
+    x = _matrix(head.query.inputs, captured.inputs[head.query.op.path])
+    y = _matrix(projected.inputs, captured.inputs[projected.op.path])
+    return tokens_of(head, with_constant(x, site.pattern[0].bias is not None), y, captured.inputs)
+
+
+def head_inputs(site: Site, head: Head, values: Array, captured: Captured, pattern: Pattern | None) -> Array:
+    """What the outputs read of new heads, `(*stack, rows, C, F)`: of one that attends uniformly without a pattern."""
+    x, y = head_tokens(site, head, captured)
+    scores = jnp.zeros((*x.shape[:-2], 1, x.shape[-2], y.shape[-2]), x.dtype)
+    if pattern is not None:
+        query, key = pattern.query.astype(x.dtype), pattern.key[..., : y.shape[-1], :].astype(x.dtype)
+        q = jnp.einsum("...ntd,...kdc->...nctk", x, query, precision=_HIGHEST)
+        k = jnp.einsum("...nue,...kec->...ncuk", y, key, precision=_HIGHEST)
+        scores = jnp.einsum("...nctk,...ncuk->...nctu", q, k, precision=_HIGHEST)
+    return collected(head, scores, values, captured.inputs)
+
+
 def _pair_sums(site: Site, path: Path, pair: Pair, captured: Captured, num_samples: int) -> Sums:
     """The sums of queries and keys."""
     (scores,) = path.consumers
@@ -266,6 +298,8 @@ def _pair_sums(site: Site, path: Path, pair: Pair, captured: Captured, num_sampl
 def heads_of(site: Site) -> int | None:
     """How many heads the slots of a site come in, None without."""
     stack = site.producers[0].layout.stack[len(site.stack) :]
+    if site.pattern:
+        return None
     return site.producers[0].layout.factors[stack[0]] if stack else None
 
 

@@ -83,14 +83,14 @@ def find_tangent(
     heads = [root(a) for a in columns if root(a) is not dimension]
     if len(heads) > 1 or len(columns) != len(heads) + 1:
         raise Unaligned(f"`{producer.leaf}` produces it together with several other axes")
-    consumers = tuple(_heads_first(use, heads, dimension, producer.leaf) for use in consumers)
+    consumers = tuple(heads_first(use, heads, dimension, producer.leaf) for use in consumers)
     first = consumers[0]
     kept = {dimension, *heads}
     found = slot_path(graph, axes, wiring, flow, producer, dimension, first.input_value, first.inputs, kept, kernels)
     if heads and not any(op.name == "dot_general" for op in found.ops):
         # A view into heads whose sizes the model may have written out (pixels of a shuffle): not one to make room in.
         raise Unaligned(f"`{producer.leaf}` produces it together with another axis, not mixed by attention")
-    return found, _heads_as_layers(producer, dimension), consumers
+    return found, heads_as_layers(producer, dimension), consumers
 
 
 def slot_path(
@@ -124,7 +124,7 @@ def slot_path(
             if scalar is not None:
                 scalars[value] = scalar
                 continue
-            if op.path in taps or op.inside or op in kernels or not _same_in_all_slots(axes, wiring, value, dimension):
+            if op.path in taps or op.inside or op in kernels or not same_along(axes, wiring, value, dimension):
                 why = f"its rows are mixed by `{op.name}` in a way that cannot be followed"
                 raise Unaligned(flow.mixing[op.outs[0]] or why)
             taps[op.path] = i
@@ -227,7 +227,8 @@ def _worked_along(op: Op, operand: int) -> tuple[int, ...]:
     return (along,) if isinstance(along, int) else tuple(along)
 
 
-def _same_in_all_slots(axes: Axes, wiring: Wiring, value: Value, dimension: Atom) -> bool:
+def same_along(axes: Axes, wiring: Wiring, value: Value, dimension: Atom) -> bool:
+    """Whether a tensor holds the same along a dimension, which it is broadcast over or does not have."""
     while any(a is dimension for axis in axes[value] for a in roots(axis)):
         op = wiring.made_by.get(value)
         if op is None or not (is_view(op) or op.name == "broadcast_in_dim"):
@@ -236,7 +237,7 @@ def _same_in_all_slots(axes: Axes, wiring: Wiring, value: Value, dimension: Atom
     return True
 
 
-def _heads_first(use: Use, heads: Sequence[Atom], dimension: Atom, producer: str) -> Use:
+def heads_first(use: Use, heads: Sequence[Atom], dimension: Atom, producer: str) -> Use:
     """A consumer whose rows are (heads, offsets, slots): what it reads of a head at several places are its offsets."""
     order: dict[int, list[int]] = {0: [], 1: [], 2: [], 3: []}
     for f in use.inputs.cols:
@@ -256,7 +257,7 @@ def _heads_first(use: Use, heads: Sequence[Atom], dimension: Atom, producer: str
     return dataclasses.replace(use, inputs=inputs, kernel=kernel)
 
 
-def _heads_as_layers(use: Use, dimension: Atom) -> Use:
+def heads_as_layers(use: Use, dimension: Atom) -> Use:
     """A producer whose heads are layers of a stack: a neuron has a fan-in in each."""
     columns = [f for f in use.outputs.cols if use.output_atoms[f] is not None]
     is_slot = [root(a) is dimension for f in columns if (a := use.output_atoms[f]) is not None]

@@ -98,6 +98,16 @@ def has_samples(leaf: Any) -> bool:
     return np.ndim(leaf) > 0 and not jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
 
 
+def map_samples(function: Callable[[Any], Any], batch: Any) -> Any:
+    """The batch with a function applied to every leaf that has samples; keys and 0-d leaves are kept."""
+    return jax.tree.map(lambda leaf: function(jnp.asarray(leaf)) if has_samples(leaf) else leaf, batch)
+
+
+def take_samples(batch: Any, start: int, stop: int) -> Any:
+    """The samples `start` to `stop` of a batch; keys and 0-d leaves are kept whole."""
+    return map_samples(lambda x: x[start:stop], batch)
+
+
 def batch_size(batch: Any) -> int:
     """Number of samples of a batch.
 

@@ -16,7 +16,6 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from tinyjax.estimate import take_samples
 from tinyjax.growth import make_grow_step, require_counts
 from tinyjax.info import GrowthInfo, check
 from tinyjax.layout import Params, named_leaves, replace_leaves
@@ -28,7 +27,7 @@ from tinyjax.slots import per_site, require_names, width
 from tinyjax.surgery import Trainable, everything, multiple_of, resize
 from tinyjax.surgery.capacity import Policy
 from tinyjax.surgery.trained import trained_names
-from tinyjax.trace import batch_size, has_samples
+from tinyjax.trace import batch_size, has_samples, take_samples
 
 LossFn = Callable[..., Any]
 WithAux = Callable[[Params, Any], Params]

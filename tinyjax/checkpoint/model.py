@@ -31,6 +31,7 @@ def site_from_json(node: Json) -> Site:
             stack=tuple(node["stack"]),
             norm=None if node["norm"] is None else Norm(**node["norm"]),
             gate=None if node["gate"] is None else _kernel(node["gate"]),
+            pattern=tuple(map(_kernel, node["pattern"])),
         )
     )
 

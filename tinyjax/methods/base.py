@@ -30,14 +30,15 @@ class Neurons(NamedTuple):
         delta: (H, M) an update of the consumer that belongs to the neurons and is applied with their amplitude, or
             None.
         gate: (B, k) fan-in of the gates of gated units, which no amplitude scales; None elsewhere. With one, `alpha`
-            has a block of rows for every gate of the statistics, and neuron k reads through block k alone.
+            has a block of rows for every gate of the statistics, and neuron k reads through block k alone. For whole
+            heads their `Pattern`, and k counts the value dimensions of all of them, head after head.
     """
 
     alpha: Array
     omega: Array
     singular_values: Array
     delta: Array | None = None
-    gate: Array | None = None
+    gate: Any = None
 
 
 def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]:

@@ -177,7 +177,7 @@ def refit_fan_in(
         root = input_root(mean, resolve(ridge, statistics))
         reached = root.unwhiten(root.whiten(matmul(cross, omega.T)))
         alpha = solve(matmul(omega, omega.T), reached.T).T
-        return alpha if statistics.gates is None else jnp.where(own_blocks(alpha, statistics.gates.shape[-1]), alpha, 0)
+        return alpha if statistics.gates is None else jnp.where(own_blocks(statistics, alpha), alpha, 0)
 
     # A branch: factoring S is dear, and few methods are born without a fan-in.
     return neurons._replace(alpha=jax.lax.cond(jnp.any(neurons.alpha != 0), lambda: neurons.alpha, best))

@@ -52,7 +52,9 @@ def significant(statistics: Statistics, *, level: float = 0.05, ridge: Ridge = 1
     contributions, JRSS B 2020.
     """
     if statistics.gates is not None:
-        raise ValueError("`significant` knows no null for gated units: their gates were chosen on the same samples")
+        raise ValueError(
+            "`significant` knows no null for gated units and heads: gates and patterns were chosen on the same samples"
+        )
     statistics, _ = orthonormal(statistics)
     mean = moments(statistics)
     if mean.null is None:

@@ -6,7 +6,7 @@ starts narrow. Both touch only the entries of the slots concerned.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -27,6 +27,7 @@ from tinyjax.slots import (
     rows,
     site_leaves,
 )
+from tinyjax.surgery.heads import whole_heads
 
 
 @runtime_checkable
@@ -38,7 +39,8 @@ class NewNeurons(Protocol):
         omega: `(*stack, k, Q)` fan-out, columns of the consumers side by side, each ordered (output, kernel offset).
         delta: `(*stack, H, M)` update of the consumers that belongs to these neurons, or None.
         gate: `(*stack, B, k)` fan-in of their gates at a site of gated units, whose `alpha` may have several blocks of
-            D rows, of which each neuron uses one; else None.
+            D rows, of which each neuron uses one; the `Pattern` of whole heads, whose `alpha` and `omega` then hold the
+            value dimensions of one head after the other; else None.
     """
 
     @property
@@ -48,7 +50,7 @@ class NewNeurons(Protocol):
     @property
     def delta(self) -> Array | None: ...  # noqa: D102
     @property
-    def gate(self) -> Array | None: ...  # noqa: D102
+    def gate(self) -> Any: ...  # noqa: D102
 
 
 def thin(params: Params, sites: Sites | Site, width: int | Mapping[str, int]) -> Params:
@@ -142,6 +144,8 @@ def write(
         raise ValueError(f"`amplitude` must be >= 0, got {amplitude}; for the twin pass (-alpha, -omega)")
     leaves = site_leaves(params, site)
     delta = neurons.delta if delta is None else delta
+    if site.pattern:
+        neurons = whole_heads(site, leaves, neurons)
     _check_shapes(site, neurons, delta)
     free = free_slots(params, site)
     num_neurons = neurons.alpha.shape[-1]
@@ -156,9 +160,9 @@ def write(
     written &= _nonzero(fan_in, -1) | _nonzero(fan_out, -2)
 
     leaves |= _fanned_in(leaves, site.producers, fan_in, written)
-    if site.gate is not None and neurons.gate is not None:
-        gate = jnp.take(neurons.gate, index, axis=-1, mode="clip").astype(leaves[site.gate.leaf].dtype)
-        leaves |= _fanned_in(leaves, [site.gate], gate, written)
+    for kernel, gate in zip(gates(site), neurons.gate if site.pattern else (neurons.gate,)):
+        mine = jnp.take(gate, index, axis=-1, mode="clip").astype(leaves[kernel.leaf].dtype)
+        leaves |= _fanned_in(leaves, [kernel], mine, written)
     first = 0
     for kernel in site.consumers:
         matrix = _fan_out_matrix(kernel.layout, fan_out[..., first : first + _fan_out_size(kernel)])
@@ -335,7 +339,7 @@ def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
     num_neurons = neurons.alpha.shape[-1]
     if num_neurons < 1:
         raise ValueError(f"no neurons to write at site `{site.name}`: `alpha` has shape {neurons.alpha.shape}")
-    if (site.gate is None) != (neurons.gate is None):
+    if not site.pattern and (site.gate is None) != (neurons.gate is None):
         has = "gated units and needs neurons with a `gate`" if site.gate is not None else "no gate, but the neurons do"
         raise ValueError(f"site `{site.name}` has {has}: take neurons from statistics of this site")
     inputs = num_inputs(site)

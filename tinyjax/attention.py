@@ -1,0 +1,289 @@
+"""A whole attention head as a slot: which products make its queries, keys and values, and how scores become weights.
+
+Three products write the dimension that counts heads (queries, keys, values) and one reads it. Given its pattern of
+attention a new head is a neuron with several value dimensions, whose fan-in reads what the pattern collects. Patterns
+of new heads are computed by the model's own operations between scores and weights, so that scales, masks and dropout
+are what they are.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinyjax.atoms import Atom, root, roots
+from tinyjax.bilinear import Attention, Pair, score_op
+from tinyjax.capture import Address, evaluate
+from tinyjax.dimensions import Dimensions, kernel_atoms
+from tinyjax.geometry import Unaligned
+from tinyjax.layout import Layout
+from tinyjax.rules import ELEMENTWISE, REDUCTIONS, contraction
+from tinyjax.tangent import Tangent, carry, same_along
+from tinyjax.trace import Op, Value
+from tinyjax.uses import Use
+from tinyjax.wiring import is_view
+
+
+class Replay(NamedTuple):
+    """The operations between scores and the weights of the attention.
+
+    Attributes:
+        ops: in order.
+        taps: by address, which operand comes from outside (a mask, a bias, dropout).
+        scalars: for every other operand from outside, the number it holds everywhere.
+        scores: the value they start from.
+        weights: the value they end in.
+    """
+
+    ops: tuple[Op, ...]
+    taps: Mapping[Address, int]
+    scalars: Mapping[Value, Any]
+    scores: Value
+    weights: Value
+
+
+class Head(NamedTuple):
+    """What a site of whole heads has besides its values and outputs.
+
+    Attributes:
+        query: the product that makes the queries, its kernel with the query-key dimension as layers.
+        key: the same of the keys.
+        pair: the path of queries and keys to their scores.
+        scores: layout of the scores, rows being samples, heads, tokens of the queries, tokens of the keys.
+        replay: from scores to weights.
+        attention: where the weights are read.
+        values: the path from values to the outputs, columns being heads and value dimensions.
+    """
+
+    query: Use
+    key: Use
+    pair: Pair
+    scores: Layout
+    replay: Replay
+    attention: Attention
+    values: Tangent
+
+    def taps(self) -> dict[Address, int]:
+        """The operands to record, by address."""
+        parts = (self.pair.queries.taps, self.pair.keys.taps, self.values.taps, self.replay.taps)
+        return {address: operand for taps in parts for address, operand in taps.items()}
+
+
+def counts_heads(model: Dimensions, dimension: Atom) -> bool:
+    """Whether several products write a dimension along which scores are taken side by side, and another reads it."""
+    producers, consumers = model.producing.get(dimension, []), model.consuming.get(dimension, [])
+    return (
+        len(producers) > 1
+        and bool(consumers)
+        and score_op(model, dimension) is None
+        and bool(_scores(model, dimension))
+    )
+
+
+def is_shared(model: Dimensions, dimension: Atom) -> bool:
+    """Whether a dimension counts queries that share the keys of one head."""
+    beside = [root(a) for use in model.producing.get(dimension, []) for a in kernel_atoms(model.axes, use)[0]]
+    return bool(model.consuming.get(dimension)) and any(
+        a is not dimension and score_op(model, a) is not None and not model.consuming.get(a) for a in beside
+    )
+
+
+def find_scores(model: Dimensions, dimension: Atom) -> tuple[Op, Atom]:
+    """The product of queries and keys of all heads, and the dimension it contracts.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    found = _scores(model, dimension)
+    if len(found) != 1:
+        raise Unaligned(f"{len(found)} products of activations look like their scores")
+    return found[0]
+
+
+def _scores(model: Dimensions, dimension: Atom) -> list[tuple[Op, Atom]]:
+    found = []
+    for op in model.graph.ops:
+        if op.name != "dot_general" or any(model.axes.parameter_only(v) for v in op.ins):
+            continue
+        sides = contraction(op)
+        beside = [[a for d in dims for a in roots(model.axes[v][d])] for v, dims in zip(op.ins, sides.batched)]
+        summed = [a for d in sides.contracted[0] for a in roots(model.axes[op.ins[0]][d])]
+        if all(any(a is dimension for a in side) for side in beside) and len(summed) == 1:
+            (inner,) = summed
+            if score_op(model, inner) is op and model.producing.get(inner):
+                found.append((op, inner))
+    return found
+
+
+def value_product(model: Dimensions, dimension: Atom, pair_ops: Sequence[Op]) -> tuple[Use, Atom]:
+    """The product that makes the values of all heads, and the dimension of a head's values.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    values = [use for use in model.producing[dimension] if use.op not in pair_ops]
+    if len(values) != 1:
+        raise Unaligned(f"{len(values)} products make its values")
+    (use,) = values
+    inner = [root(a) for a in kernel_atoms(model.axes, use)[0] if root(a) is not dimension]
+    if len(inner) != 1:
+        raise Unaligned(f"`{use.leaf}` does not make one dimension of values a head")
+    return use, inner[0]
+
+
+def find_replay(model: Dimensions, scores: Op, attention: Attention | None, dimension: Atom) -> Replay:
+    """What the model does between scores and weights, head by head.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    if attention is None:
+        raise Unaligned("the weights of its attention are not found")
+    reader = next(op for op in model.graph.ops if op.path == attention.address)
+    weights = reader.ins[attention.operand]
+    reached = set(scores.outs)
+    for op in model.graph.ops[model.order[scores] + 1 : model.order[reader]]:
+        if any(v in reached for v in op.ins):
+            reached.update(op.outs)
+    ops, needed = [], {weights}
+    for op in reversed(model.graph.ops[model.order[scores] + 1 : model.order[reader]]):
+        if any(v in needed for v in op.outs) and any(v in reached for v in op.ins):
+            ops.append(op)
+            needed.update(v for v in op.ins if v in reached)
+    taps: dict[Address, int] = {}
+    scalars: dict[Value, Any] = {}
+    for op in ops[::-1]:
+        _require_apart(model, op, scores, dimension)
+        for i, value in enumerate(op.ins):
+            if value in reached:
+                continue
+            number = model.wiring.scalar(value)
+            if number is not None:
+                scalars[value] = number
+            elif op.path in taps or op.inside:
+                raise Unaligned(f"its scores become weights through `{op.name}`, which cannot be followed")
+            else:
+                _require_same(model, value, dimension, op)
+                taps[op.path] = i
+    return Replay(tuple(ops[::-1]), taps, scalars, scores.outs[0], weights)
+
+
+def require_same_heads(model: Dimensions, head: Head, dimension: Atom) -> None:
+    """Raises unless whatever meets queries, keys and values on their way is the same for every head."""
+    for path in (head.pair.queries, head.pair.keys, head.values):
+        for op in path.ops:
+            if op.path in path.taps and op.path != head.attention.address:
+                _require_same(model, op.ins[path.taps[op.path]], dimension, op)
+
+
+def _require_same(model: Dimensions, value: Value, dimension: Atom, op: Op) -> None:
+    if not same_along(model.axes, model.wiring, value, dimension):
+        raise Unaligned(f"what `{op.name}` adds or multiplies differs between heads")
+
+
+def _require_apart(model: Dimensions, op: Op, scores: Op, dimension: Atom) -> None:
+    """Raises unless an operation treats the scores of every head on their own."""
+    followed = op.name in ELEMENTWISE | REDUCTIONS | {"broadcast_in_dim"} or is_view(op)
+    if op.eqn is None or op.scans != scores.scans or not followed:
+        raise Unaligned(f"its scores become weights through `{op.name}`, which cannot be followed")
+    for axis in op.params["axes"] if op.name in REDUCTIONS else ():
+        if any(a is dimension for a in roots(model.axes[op.ins[0]][axis])):
+            raise Unaligned(f"its heads are mixed by `{op.name}`")
+
+
+def attend(head: Head, scores: Array, recorded: Mapping[Address, Array]) -> Array:
+    """What the model makes of scores, in one layer.
+
+    Args:
+        head: the site's.
+        scores: `(n, heads, T, U)`.
+        recorded: the tapped operands, by address.
+
+    Returns:
+        The weights, in the layout of the operation that reads them.
+    """
+    replay, layout = head.replay, _one_layer(head.scores)
+    start = layout.from_matrix(scores.reshape(-1, 1)).astype(replay.scores.dtype)
+    known: dict[Value, Any] = {replay.scores: start}
+    for op in replay.ops:
+        assert op.eqn is not None
+        operands = []
+        for i, value in enumerate(op.ins):
+            if value in known:
+                operands.append(known[value])
+            elif replay.taps.get(op.path) == i:
+                operands.append(recorded[op.path])
+            else:
+                operands.append(jnp.full(value.shape, replay.scalars[value], value.dtype))
+        known.update(zip(op.outs, evaluate(op.eqn, operands)))
+    return known[replay.weights]
+
+
+def attend_alone(head: Head, recorded: Mapping[Address, Array]) -> Callable[[Array], Array]:
+    """From the scores of one head in one layer `(n, T, U)` to its weights; all heads of the model take them at once."""
+    samples, heads, _, tokens, keys = head.pair.sizes
+    layout = _one_layer(head.attention.layout)
+
+    def weights(scores: Array) -> Array:
+        every = jnp.broadcast_to(scores[:, None], (samples, heads, tokens, keys))
+        found = layout.to_matrix(attend(head, every, recorded)).reshape(samples, heads, tokens, keys)
+        return found[:, 0].astype(scores.dtype)
+
+    return weights
+
+
+def collected(head: Head, scores: Array, values: Array, recorded: Mapping[Address, Array]) -> Array:
+    """What the outputs would read of new heads: tangents along their values.
+
+    Args:
+        head: the site's.
+        scores: `(*stack, n, C, T, U)` of C new heads, at most as many as the model has.
+        values: `(*stack, rows, F)` input of the values, with the constant last iff they have a bias.
+        recorded: the tapped operands, by address.
+
+    Returns:
+        `(*stack, rows of the outputs, C, F)`.
+    """
+    heads, count = head.pair.sizes[1], scores.shape[-3]
+    padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 3) + [(0, heads - count), (0, 0), (0, 0)])
+    run = lambda scores, recorded: attend(head, scores, recorded)  # noqa: E731
+    for _ in head.scores.stack:
+        run = jax.vmap(run)
+    mine = {address: recorded[address] for address in head.replay.taps}
+    weights = run(padded, mine)
+    seen = carry(head.values, values, {**recorded, head.attention.address: weights})
+    return seen[..., :count, :]
+
+
+def tokens_of(head: Head, queries: Array, keys: Array, recorded: Mapping[Address, Array]) -> tuple[Array, Array]:
+    """The tangents of a head's scores along its queries and keys: `(*stack, n, T, D)` and `(*stack, n, U, E)`.
+
+    Args:
+        head: the site's.
+        queries: `(*stack, rows, D)` input of the queries, with the constant last iff they have a bias.
+        keys: `(*stack, rows, E)` input of the keys.
+        recorded: the tapped operands, by address.
+    """
+    samples, heads, _, tokens, others = head.pair.sizes
+    lead = queries.shape[:-2]
+    x = carry(head.pair.queries, queries, recorded).reshape(*lead, samples, heads, tokens, -1)
+    y = carry(head.pair.keys, keys, recorded).reshape(*lead, samples, heads, others, -1)
+    return x[..., 0, :, :], y[..., 0, :, :]  # every head reads the same
+
+
+def _one_layer(layout: Layout) -> Layout:
+    """The layout of one layer of a captured array, whose first axes count the layers."""
+    depth = len(layout.stack)
+    if not depth:
+        return layout
+    return dataclasses.replace(
+        layout,
+        factors=layout.factors[depth:],
+        axes=tuple(axis - depth for axis in layout.axes[depth:]),
+        stack=(),
+        rows=tuple(f - depth for f in layout.rows),
+        cols=tuple(f - depth for f in layout.cols),
+    )
