@@ -130,6 +130,13 @@ def test_capacity_and_compact_keep_the_function(case):
     assert tinyjax.find_sites(loss_fn, wide, batch) == wide_sites
 
 
+def test_what_units_cost_counts_the_recurrent_kernel_once(case):
+    _, _, _, sites = case
+    assert tinyjax.costs.parameters(sites, {"w": 3}) == 3 * 3 + 3 * 3 + 3 + 3 * 2
+    assert tinyjax.costs.forward_flops(sites, {"w": 3}) == 2 * 4 * (3 * 3 + 3 * 3 + 3 * 2)  # at each of four steps
+    assert tinyjax.costs.parameter_cost(sites)("w", {"w": 3}) == 3 + (2 * 3 + 1) + 1 + 2
+
+
 def test_a_unit_is_born_without_weights_to_free_slots_and_other_newborns(case):
     _, params, _, sites = case
     wide, (site,) = tinyjax.resize(params, sites, {"w": 6})
@@ -260,7 +267,7 @@ def test_units_of_tiny_remember_what_random_ones_do_not():
                 )
             _, info = grow_step(params, x, key=jax.random.key(seed))
             gains.setdefault(name, []).append(float(info.gain_achieved["w"]))
-    assert min(gains["tiny"]) > 2 * max(gains["random0"]) > 0, gains
+    assert np.mean(gains["tiny"]) > 10 * np.mean(gains["random0"]), gains
 
 
 # Blocks used several times

@@ -22,7 +22,7 @@ class Axes:
         self.samples = Atom(num_samples, "it counts the samples of the batch")
         self._of: dict[Value, list[Axis]] = {}
         self._parameter_only = set(graph.params)
-        self._filled: set[Value] = set()  # with one number: what it is used with twice is not the same dimension
+        self._filled: set[Value] = set()  # with one number: two states that begin with it are not one
         self._power = dict.fromkeys(graph.params, 1)  # how fast a parameter-only tensor vanishes with an empty slot
         self._needed = behind_loss(graph)
         for value in graph.params:
@@ -43,8 +43,7 @@ class Axes:
         return value.kind == "const" or value in self._parameter_only
 
     def _apply(self, op: Op) -> None:
-        apart = op.name in ("scan_carry", "dot_general")
-        ins = [_fresh(v) if apart and v in self._filled else self[v] for v in op.ins]
+        ins = [_fresh(v) if op.name == "scan_carry" and v in self._filled else self[v] for v in op.ins]
         outs = [_fresh(v) for v in op.outs]
         rule = _through if op.name in OWN else RULES.get(op.name, unknown)
         if op.name in REDUCTIONS and all(self.parameter_only(v) for v in op.ins):

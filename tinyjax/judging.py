@@ -144,7 +144,7 @@ def _static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use],
     written, read = list(dict.fromkeys(u.leaf for u in producers)), list(dict.fromkeys(u.leaf for u in consumers))
     both = [leaf for leaf in written if leaf in read]
     if both:
-        return f"`{both[0]}` both writes and reads it (tied weights)"
+        return f"`{both[0]}` both writes and reads it (tied weights): a fan-out would have to be its own fan-in"
     if len(written) not in (1, 2):
         return f"{len(written)} producers" + (" (a residual stream?)" if written else " (an embedding?)")
     for use in (*producers, *consumers):
