@@ -79,7 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
     ),
     "tiny_joint": dict(method=methods.tiny_joint, update=None),
     "tiny_unprojected": dict(method=methods.tiny_unprojected, update=None),
-    "fisher_tiny": dict(method=methods.fisher_tiny, energy_matrix=True),
+    "fisher_tiny": dict(method=methods.fisher_tiny),
     "completed": dict(method=tinyjax.completed(methods.tiny, methods.random), fill=None),
     "gradmax": dict(method=partial(methods.gradmax, scale=SMALL)),
     "gradmax_dual": dict(method=partial(methods.gradmax_dual, scale=1.0)),

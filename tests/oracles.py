@@ -35,9 +35,16 @@ def make_samples(seed=0, *, n=120, inputs=7, slots=5, live=5, outputs=4, signal=
     return Samples(b_prev, b, v, weight_prev, weight)
 
 
-def record(samples, dtype=jnp.float64, *, energy_matrix=False, link=True):
-    """The sums of a dense site, taken in `dtype`, even and odd samples apart."""
+def record(samples, dtype=jnp.float64, *, energy_matrix=False, link=True, third_outputs=None, curvature=1.0):
+    """The sums of a dense site, taken in `dtype`, even and odd samples apart.
+
+    With `third_outputs` (R, M) also third moments of v as it is, without an update.
+    """
     np_dtype = np.dtype(dtype)
+    thirds = {}
+    if third_outputs is not None:
+        outputs = np.asarray(third_outputs, np_dtype)
+        thirds = dict(third_outputs=jnp.asarray(outputs), curvature=curvature)
 
     def sums(function):
         halves = []
@@ -46,6 +53,8 @@ def record(samples, dtype=jnp.float64, *, energy_matrix=False, link=True):
             halves.append(function(b_prev, b, v))
         return jnp.asarray(np.stack(halves), dtype)
 
+    if thirds:
+        thirds["third_moments"] = sums(lambda b_prev, b, v: np.einsum("nr,ni,nj->rij", v @ outputs.T, b_prev, b_prev))
     return Statistics(
         count=sums(lambda b_prev, b, v: np_dtype.type(len(v))),
         gram_prev=sums(lambda b_prev, b, v: b_prev.T @ b_prev),
@@ -60,6 +69,7 @@ def record(samples, dtype=jnp.float64, *, energy_matrix=False, link=True):
         width=jnp.asarray(np.sum(np.any(samples.weight_prev != 0, axis=0)), jnp.int32),
         bias_prev=True,
         bias=True,
+        **thirds,
     )
 
 

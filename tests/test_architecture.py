@@ -8,18 +8,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tinyjax"
 LEVELS = [
     # What knows nothing else of the library.
-    ["layout", "linalg", "atoms", "info", "data", "models", "plot", "window", "work"],
+    ["layout", "linalg", "atoms", "info", "data", "models", "parity", "plot", "window", "work"],
     ["site", "trace", "spectra", "correlations"],
     ["rules", "wiring", "slots", "statistics", "schedule", "costs", "shifts"],
     ["axes", "brakes", "surgery", "pair", "methods"],
     ["uses", "separable", "averaging", "optimizer", "patches", "twins", "scaling"],
-    ["capture", "flow", "geometry"],
+    ["capture", "flow", "geometry", "activation"],
     ["norms", "dimensions", "rowweights", "gating", "tangent", "along"],
     ["bilinear", "states"],
     ["attention", "recurrence"],
     ["judging", "scores"],
     ["sites", "sums"],
-    ["gates"],
+    ["gates", "thirds"],
     ["patterns"],
     ["estimate", "births", "moves"],
     ["parts", "diagnosis"],

@@ -195,6 +195,10 @@ CASES = {
         Case("`num_neurons=0`", lambda g: tinyjax.tiny(g.statistics, num_neurons=0), "`num_neurons` must be an int >= 1"),
         Case("`random` without key", lambda g: tinyjax.random(g.statistics, num_neurons=1), "draws random numbers: pass `key=`"),
         Case("`fisher_tiny` without `energy_matrix`", lambda g: tinyjax.fisher_tiny(g.statistics, num_neurons=1), "`energy_matrix`"),
+        Case("`second_order` without third moments", lambda g: tinyjax.second_order(g.statistics, num_neurons=1), "ask `estimate` for `third_moments=4`"),
+        Case("third moments behind an odd activation", lambda g: tinyjax.estimate(loss_fn, g.params, g.batch, g.site, third_moments=4),
+             "site `w` say nothing: the even part of its activation vanishes at 0"),
+        Case("negative `third_moments`", lambda g: tinyjax.estimate(loss_fn, g.params, g.batch, g.site, third_moments=-1), "`third_moments` must be >= 0"),
         Case("a negative ridge", lambda g: tinyjax.tiny(g.statistics, num_neurons=1, ridge=-1.0), "`ridge` must be"),
         Case("statistics of two capacities to `merge`", lambda g: tinyjax.merge(g.statistics, tinyjax.estimate(
             loss_fn, *(lambda r: (r[0], g.batch, r[1]["w"]))(tinyjax.resize(g.params, g.sites, {"w": 9})))), "`merge` got statistics of different shapes"),

@@ -171,7 +171,7 @@ def test_as_a_method_from_a_model_to_its_gain():
 
 def test_growing_with_it():
     params, batch, site = model()
-    step = tinyjax.make_grow_step(loss_fn, site, num_neurons=2, method=tinyjax.tiny_conv_als, offset_gram=True)
+    step = tinyjax.make_grow_step(loss_fn, site, num_neurons=2, method=tinyjax.tiny_conv_als)
     new, info = step(params, batch)
     assert info.loss_after[site.name] < info.loss_before[site.name] and int(info.written[site.name]) == 2
     assert info.gain_predicted[site.name] > 0 and int(tinyjax.width(new, site)) == 4
@@ -179,7 +179,7 @@ def test_growing_with_it():
 
 def test_without_the_sums_it_says_what_to_pass():
     params, batch, site = model()
-    with pytest.raises(ValueError, match="pass `offset_gram=True` to `estimate` or `make_grow_step`"):
+    with pytest.raises(ValueError, match="pass `offset_gram=True` to `estimate`"):
         tinyjax.tiny_conv_als(tinyjax.estimate(loss_fn, params, batch, site), num_neurons=2)
 
 

@@ -11,6 +11,19 @@ import pytest
 from tests.oracles import conv_record, make_conv_site, make_samples, record
 from tinyjax import methods
 
+
+@methods.traits(function_preserving=False, stochastic=False)
+def partial_tiny(statistics, **options):
+    """Two neurons of `tiny`, and nothing where more are asked for."""
+    neurons = methods.tiny(statistics, **options)
+    kept = jnp.arange(len(neurons.singular_values)) < 2
+    return neurons._replace(
+        alpha=jnp.where(kept, neurons.alpha, 0),
+        omega=jnp.where(kept[:, None], neurons.omega, 0),
+        singular_values=jnp.where(kept, neurons.singular_values, 0),
+    )
+
+
 METHODS = {
     "tiny": methods.tiny,
     "tiny0": methods.tiny0,
@@ -26,6 +39,8 @@ METHODS = {
     "random0": methods.random0,
     "net2net": methods.net2net,
     "completed": methods.completed(methods.tiny, methods.random0),
+    "second_order": methods.second_order,
+    "completed, second order": methods.completed(partial_tiny, methods.second_order),
 }
 samples = make_samples(n=60, inputs=9, slots=5, live=3, outputs=6)
 samples.b_prev[:, 2:4] = 0  # free slots of the layer below
@@ -33,6 +48,7 @@ samples.weight_prev[2:4] = 0
 samples.b[:, :-1] = np.tanh(samples.b_prev @ samples.weight_prev)
 samples.v[:, 1] = 0  # free slot of the layer above
 samples.weight[:, 1] = 0
+all_sums = functools.partial(record, energy_matrix=True, third_outputs=np.eye(6)[[0, 2, 4, 5]])
 
 
 @functools.cache
@@ -41,7 +57,7 @@ def jitted(name):
 
 
 def neurons_of(name, samples, dtype=jnp.float64):
-    return jitted(name)(record(samples, dtype, energy_matrix=True), key=jax.random.key(0))
+    return jitted(name)(all_sums(samples, dtype), key=jax.random.key(0))
 
 
 @functools.cache
@@ -80,7 +96,7 @@ def test_function_preserving_methods_keep_the_function(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_stochastic_methods_need_a_key_and_use_it(name):
-    method, statistics = METHODS[name], record(samples, energy_matrix=True)
+    method, statistics = METHODS[name], all_sums(samples)
     if methods.is_stochastic(method):
         with pytest.raises(ValueError, match="draws random numbers: pass `key=`"):
             method(statistics, num_neurons=4)
@@ -111,7 +127,10 @@ def test_law_4_the_unit_of_the_loss_changes_no_choice(name, dtype, tolerance):
 
 
 # What becomes of the activity alpha' b of new neurons when the unit of the inputs changes; as the docstrings say.
-SAME = ("tiny", "tiny_unprojected", "tiny_joint", "fisher_tiny", "completed", "net2net")
+SAME = (
+    *("tiny", "tiny_unprojected", "tiny_joint", "fisher_tiny", "completed", "net2net", "second_order"),
+    "completed, second order",
+)
 SAME_UP_TO_LENGTH = ("tiny0", "random0", "north_weight")  # the fan-in has a length of its own, no bias or the right one
 UNIT_DEPENDENT = ("gradmax_dual", "random")
 
@@ -140,10 +159,10 @@ def test_law_4_the_unit_of_the_inputs(name, dtype, tolerance):
 @pytest.mark.parametrize("name", METHODS)
 def test_no_neurons_is_refused(name):
     with pytest.raises(ValueError, match="`num_neurons` must be an int >= 1"):
-        METHODS[name](record(samples, energy_matrix=True), num_neurons=0, key=jax.random.key(0))
+        METHODS[name](all_sums(samples), num_neurons=0, key=jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("tiny_joint", "tiny_linear")])
+@pytest.mark.parametrize("name", [n for n in METHODS if not n.endswith(("joint", "linear", "order", "second_order"))])
 def test_convolutional_sites(name):
     site = conv_record(make_conv_site())
     matrix = jnp.broadcast_to(jnp.eye(9) * site.energy[0] / 9, (2, 9, 9))
@@ -163,10 +182,22 @@ def test_traits_are_read_through_wrappers():
     assert not methods.is_function_preserving(lambda statistics, **_: None)
 
 
-@pytest.mark.parametrize("name", ["tiny_unprojected", "tiny_joint", "gradmax", "gradmax_dual", "fisher_tiny"])
+MISSING = {"fisher_tiny": "`energy_matrix`", "second_order": "ask `estimate` for `third_moments=4`"}
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny_unprojected", "tiny_joint", "gradmax", "gradmax_dual", "fisher_tiny", "second_order"]
+)
 def test_missing_sums_are_named(name):
-    with pytest.raises(ValueError, match="`energy_matrix`" if name == "fisher_tiny" else "`link`|dense consumer"):
+    with pytest.raises(ValueError, match=MISSING.get(name, "`link`|dense consumer")):
         METHODS[name](record(samples, link=False), num_neurons=2)
+
+
+def test_methods_declare_the_sums_they_need():
+    assert methods.needs(methods.tiny, None) == {}
+    assert methods.needs(functools.partial(methods.fisher_tiny, output_ridge=0.1)) == {"energy_matrix": True}
+    both = methods.completed(methods.fisher_tiny, methods.second_order, useful=methods.within_significance)
+    assert methods.needs(both) == {"energy_matrix": True, "third_moments": 4, "null_draws": 19}
 
 
 def test_joint_refuses_convolutions():

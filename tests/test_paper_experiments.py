@@ -62,6 +62,8 @@ def test_what_smoke_runs_find_is_possible(finished):
         stuck = {row["method"]: row for row in results.select(found.rows, part="stuck")}
         assert stuck["TINY"]["last"] == 1 and stuck["TINY"]["gain"] < 1e-20 < stuck["TINY"]["psi"]
         assert stuck["completed on stall"]["last"] < 0.5
+        by_order = stuck["second order on stall"]["losses"]
+        assert by_order[1] < 0.8 and by_order[-1] < 1e-12  # eight neurons for eight points
     if name == "estimation":
         for row in results.select(found.rows, part="joint"):
             assert row["gain"] <= row["gain_joint"] + 1e-5 and row["gain_joint"] <= row["psi"] + 1e-5

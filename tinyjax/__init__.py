@@ -77,6 +77,7 @@ from tinyjax.methods import predicted_gain as predicted_gain
 from tinyjax.methods import random as random
 from tinyjax.methods import random0 as random0
 from tinyjax.methods import rank_trigger as rank_trigger
+from tinyjax.methods import second_order as second_order
 from tinyjax.methods import significant as significant
 from tinyjax.methods import tiny as tiny
 from tinyjax.methods import tiny0 as tiny0

@@ -4,6 +4,7 @@ All sites share one capture. A batch whose loss is a mean of per-sample terms is
 memory does not grow with the batch; sums are formed inside the jit, no activation outlives its chunk.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from tinyjax.sites import Discovery, discover, paths_of
 from tinyjax.slots import matrices, per_site, require_growable
 from tinyjax.statistics import Pattern, Statistics, keep_half, merge
 from tinyjax.sums import capture_paths, null_signs, site_sums
+from tinyjax.thirds import Residual, even_part, find_residual, third_sums
 from tinyjax.trace import Trace, batch_size, has_samples, map_samples, take_samples, trace
 from tinyjax.window import num_offsets
 
@@ -57,6 +59,7 @@ def estimate(
     offset_gram: bool = ...,
     null_draws: int = ...,
     num_gates: int | Mapping[str, int] = ...,
+    third_moments: int = ...,
     chunk: int | None = ...,
     micro_batch: int | None = ...,
 ) -> Statistics: ...
@@ -72,6 +75,7 @@ def estimate(
     offset_gram: bool = ...,
     null_draws: int = ...,
     num_gates: int | Mapping[str, int] = ...,
+    third_moments: int = ...,
     chunk: int | None = ...,
     micro_batch: int | None = ...,
 ) -> dict[str, Statistics]: ...
@@ -86,6 +90,7 @@ def estimate(
     offset_gram: bool = False,
     null_draws: int = 0,
     num_gates: int | Mapping[str, int] = 1,
+    third_moments: int = 0,
     chunk: int | None = None,
     micro_batch: int | None = None,
 ) -> Statistics | dict[str, Statistics]:
@@ -106,6 +111,8 @@ def estimate(
         num_gates: how many gates to look for at a site of gated units, or patterns at one of whole attention heads, in
             a pass of their own over at most `DEFAULT_CHUNK` samples: as many as units or heads are to be added. For all
             such sites or by name.
+        third_moments: R, also sum (w'v) b_prev b_prev' for the R outputs w in which the residual v is largest, in a
+            second pass over the batch (`second_order` needs 4).
         chunk: samples a pass, even; default at most `DEFAULT_CHUNK`, or the whole batch where the loss couples its
             samples: one capture then, in which only the sums over patches pass by chunks.
         micro_batch: makes the loss the mean of the losses of so many samples at a time (even; the last may be fewer),
@@ -117,8 +124,8 @@ def estimate(
 
     Raises:
         ValueError: for a site that cannot grow or is not found in this model, a bad batch, a loss that is not a scalar,
-            an odd `chunk` or `micro_batch`, a `chunk` for a loss that couples the samples or sums over them, or null
-            draws for a site too wide for them.
+            an odd `chunk` or `micro_batch`, a `chunk` for a loss that couples the samples or sums over them, null
+            draws for a site too wide for them, or third moments where they say nothing.
 
     Example:
         >>> estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=sites))
@@ -135,13 +142,15 @@ def estimate(
         chunk=chunk,
         micro_batch=micro_batch,
     )
-    options |= dict(num_gates=num_gates)
+    options |= dict(num_gates=num_gates, third_moments=third_moments)
     first = 0
     for one in batches:
         found = estimate_batch(loss_fn, params, one, sites, first=first, **options).statistics
         first += batch_size(one)
         if total and any(s.gates is not None for s in found.values()):
             raise ValueError("gates and patterns of new heads are looked for in one batch: pass one, not an iterator")
+        if total and third_moments:
+            raise ValueError("third moments belong to the residual of one batch: pass one, not an iterator")
         if total and any(s.link is None for s in found.values()):
             raise ValueError("a site is too wide for statistics of several batches to be merged: pass one batch")
         total = {name: merge(total[name], s) if total else s for name, s in found.items()}
@@ -161,6 +170,7 @@ def estimate_batch(
     offset_gram: bool = False,
     null_draws: int = 0,
     num_gates: int | Mapping[str, int] = 1,
+    third_moments: int = 0,
     chunk: int | None = None,
     micro_batch: int | None = None,
     first: Array | int = 0,
@@ -168,6 +178,8 @@ def estimate_batch(
     """`estimate` for one batch, with the loss; always by name. `first` is the index of its first sample."""
     if null_draws < 0:
         raise ValueError(f"`null_draws` must be >= 0, got {null_draws}")
+    if third_moments < 0:
+        raise ValueError(f"`third_moments` must be >= 0, got {third_moments}")
     sites = as_sites(sites)
     for site in sites:
         require_growable(site)
@@ -185,7 +197,7 @@ def estimate_batch(
     for search, found in ((search_gates, gated), (search_patterns, whole_heads)):
         if found:
             gates |= search(loss_fn, params, some, found, per_site(sites, num_gates), has_aux=has_aux)
-    step = _Step(loss_fn, sites, has_aux, energy_matrix, offset_gram, null_draws, gates)
+    step = _Step(loss_fn, sites, has_aux, energy_matrix or third_moments > 0, offset_gram, null_draws, gates)
     if size < num_samples:
         traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
         discovery = discover(traced)
@@ -195,9 +207,18 @@ def estimate_batch(
         if not coupled:
             if micro_batch is None:
                 require_mean(loss_fn, params, batch, take_samples(batch, 0, size), has_aux=has_aux)
-            return _in_chunks(step, traced, discovery, params, batch, num_samples, size, first)
+
+            def in_chunks(step: _Step) -> Estimate:
+                return _in_chunks(step, traced, discovery, params, batch, num_samples, size, first)
+
+            return in_chunks(step) if not third_moments else _with_thirds(step, in_chunks, discovery, third_moments)
     traced = trace(loss_fn, params, batch, has_aux=has_aux)
-    return step(traced, discover(traced), params, batch, first)
+    discovery = discover(traced)
+
+    def at_once(step: _Step) -> Estimate:
+        return step(traced, discovery, params, batch, first)
+
+    return at_once(step) if not third_moments else _with_thirds(step, at_once, discovery, third_moments)
 
 
 def num_chunks(num_samples: int) -> int:
@@ -238,6 +259,7 @@ class _Step(NamedTuple):
     null_draws: int
     gates: Mapping[str, Array | Pattern]
     updates: Mapping[str, Array] = MappingProxyType({})  # of wide sites: what N is projected against
+    residuals: Mapping[str, Residual] = MappingProxyType({})  # of which to take third moments
 
     def __call__(self, traced: Trace, discovery: Discovery, params: Params, batch: Any, first: Array | int) -> Estimate:
         paths = {site.name: paths_of(discovery, site) for site in self.sites}
@@ -257,7 +279,30 @@ class _Step(NamedTuple):
             )
             for site in self.sites
         }
+        for site in self.sites:
+            if (residual := self.residuals.get(site.name)) is not None:
+                third = third_sums(site, paths[site.name], captured, num_samples, residual)
+                sums[site.name] = dataclasses.replace(sums[site.name], third_moments=third)
         return Estimate(captured.loss, sums)
+
+
+def _with_thirds(step: _Step, sums: Callable[[_Step], Estimate], discovery: Discovery, num_outputs: int) -> Estimate:
+    """The sums of a first pass, and third moments of its residual from a second."""
+    curvatures = {site.name: even_part(site, paths_of(discovery, site)) for site in step.sites}
+    found = sums(step)
+    residuals = {}
+    for site in step.sites:
+        find = partial(find_residual, num_outputs=num_outputs)
+        for _ in site.stack:
+            find = jax.vmap(find)
+        residuals[site.name] = find(found.statistics[site.name])
+    second = sums(step._replace(residuals=residuals)).statistics  # only the third moments of it are used
+
+    def joined(name: str, statistics: Statistics) -> Statistics:
+        third, outputs = second[name].third_moments, residuals[name].outputs
+        return dataclasses.replace(statistics, third_moments=third, third_outputs=outputs, curvature=curvatures[name])
+
+    return found._replace(statistics={name: joined(name, s) for name, s in found.statistics.items()})
 
 
 def _in_chunks(

@@ -5,18 +5,17 @@ The operand nearest to a plain product is the one that new neurons are computed 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.activation import NotElementwise, activation_between
 from tinyjax.atoms import Atom
 from tinyjax.axes import Axes
 from tinyjax.flow import ROW_BY_ROW, Flow
-from tinyjax.rules import ELEMENTWISE
 from tinyjax.trace import Graph, Op, Value
 from tinyjax.uses import Use
-from tinyjax.wiring import Wiring, is_view
+from tinyjax.wiring import Wiring
 
 
 class Gate(NamedTuple):
@@ -100,7 +99,11 @@ def _ordered(
         raise Ungated("an empty neuron is not silent: neither factor of the gated unit is 0 at 0")
     (_, up, _, _), (_, gate, flow, value) = sides if sides[0][0] <= sides[1][0] else sides[::-1]
     _require_single_meeting(graph, op, one[1], other[1])
-    return up, Gate(gate, flow, value, _activation(wiring, gate, value))
+    try:
+        activation = activation_between(wiring, gate, value)
+    except NotElementwise as reason:
+        raise Ungated(f"2 producers (a gated unit whose gate {reason}?)") from None
+    return up, Gate(gate, flow, value, activation)
 
 
 def _require_single_meeting(graph: Graph, meeting: Op, a: Flow, b: Flow) -> None:
@@ -109,55 +112,3 @@ def _require_single_meeting(graph: Graph, meeting: Op, a: Flow, b: Flow) -> None
         one_sided = any((v in a.mixing) != (v in b.mixing) for v in op.ins)
         if one_sided and op is not meeting and any(v in a.mixing and v in b.mixing for v in op.outs):
             raise Ungated(f"2 producers, which meet again in `{op.name}` (a highway?)")
-
-
-def _activation(wiring: Wiring, gate: Use, end: Value) -> Callable[[Array], Array]:
-    """What lies between a gate's pre-activation and the multiplication, as an elementwise function.
-
-    Raises:
-        Ungated: something else than elementwise operations of the pre-activation and constants.
-    """
-    (start,) = gate.op.outs
-    order: list[tuple[Op, tuple[Any, ...]]] = []  # operations in order, their operands as values or constants
-    done = {start}
-
-    def visit(value: Value) -> None:
-        if value in done or value.const is not None or value in wiring.views:
-            return
-        op = wiring.made_by.get(value)
-        view = op is not None and (is_view(op) or op.name == "broadcast_in_dim")
-        if op is None or not (view or op.name in ELEMENTWISE):
-            raise Ungated("2 producers (a gated unit whose gate depends on something else?)")
-        for source in op.ins:
-            found = wiring.vector(source)
-            if found is not None and (gate.bias is None or op.name not in ("add", "add_any")):
-                raise Ungated("2 producers (a gated unit whose gate has parameters of its own besides the bias?)")
-            visit(source)
-        done.add(value)
-        order.append((op, op.ins))
-
-    visit(end)
-
-    def scalar(z: Array) -> Array:
-        values: dict[Value, Any] = {start: z.astype(start.dtype)}
-
-        def read(value: Value) -> Any:
-            if value in values:
-                return values[value]
-            return jnp.asarray(0 if value.const is None else value.const, value.dtype)  # the bias is in z already
-
-        for op, ins in order:
-            values[op.outs[0]] = _apply(op, [read(v) for v in ins])
-        return values[end].astype(z.dtype)
-
-    return jnp.vectorize(scalar)
-
-
-def _apply(op: Op, operands: Sequence[Any]) -> Any:
-    """An elementwise operation on scalars."""
-    if op.name == "convert_element_type":
-        return operands[0].astype(op.outs[0].dtype)
-    if is_view(op) or op.name == "broadcast_in_dim":
-        return operands[0]
-    assert op.eqn is not None
-    return op.eqn.primitive.bind(*operands, **op.params)

@@ -59,10 +59,17 @@ class Recipe(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """How fast the loss falls with the amplitude, to first order: of the best update and of the neurons, ()."""
+    """How fast the loss falls with the amplitude, ().
+
+    Attributes:
+        update: with that of the best update.
+        neurons: with that of the neurons, to first order.
+        second_order: with its power 3/2, for neurons that do nothing to first order; None without any.
+    """
 
     update: Array
     neurons: Array
+    second_order: Array | None
 
 
 def grow_site(
@@ -84,8 +91,8 @@ def grow_site(
     layer_keys = None if key is None else _split_over(site, jax.random.fold_in(key, 0))
 
     neurons, delta, report, slopes = over_layers(partial(_fit, recipe, num_neurons, squares))(statistics, layer_keys)
-    unit = partial(_polyak, loss_before)
-    params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before, unit(slopes.update))
+    unit = _polyak(loss_before, slopes.update)
+    params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before, unit)
 
     if recipe.orient is not None:
         neurons = recipe.orient(recipe.loss, params, parts.estimation, site, neurons)
@@ -105,7 +112,7 @@ def grow_site(
     found = recipe.amplitude(
         lambda gamma: loss_at(jnp.sign(gamma) * jnp.sqrt(jnp.abs(gamma))),
         dtype=neurons.alpha.dtype,
-        unit=unit(slopes.neurons),
+        unit=_unit(loss_before, slopes),
     )
     candidate, born = grown(found.amplitude)
     loss_grown = recipe.loss(candidate, parts.whole)
@@ -229,7 +236,7 @@ def _fit(
         neurons = _call(recipe.method, num_neurons, kept, key)
         if neurons.delta is not None and delta is not None:
             raise ValueError("the method brings its own update of the consumer: pass `update=None` to `make_grow_step`")
-        return neurons, refit(kept, neurons, delta), delta
+        return neurons, refit(kept, _linear(neurons), delta), delta
 
     neurons, refitted, deltas = jax.lax.map(fit, jnp.arange(3))
 
@@ -261,6 +268,7 @@ def _fit(
         update=zero if delta is None else inner(mean.cross, delta),
         neurons=inner(mean.cross_prev, product(first.alpha, first.omega, mean.cross.shape[1]))
         + (zero if first.delta is None else inner(mean.cross, first.delta)),
+        second_order=None if first.second_order is None else jnp.sum(first.second_order),
     )
     delta = delta if basis is None or delta is None else matmul(delta, basis.T)
     return in_outputs(first, basis), delta, report, slopes
@@ -270,6 +278,24 @@ def _polyak(loss: Array, slope: Array) -> Array:
     """The amplitude at which the linear model predicts a loss of zero; 1 where it predicts no change."""
     total = jnp.abs(jnp.sum(slope))
     return jnp.where(total > 0, jnp.abs(loss) / jnp.where(total > 0, total, 1), 1).astype(slope.dtype)
+
+
+def _unit(loss: Array, slopes: Slopes) -> Array:
+    """The amplitude at which the neurons are predicted to bring the loss to zero, by the order that does it first."""
+    first = _polyak(loss, slopes.neurons)
+    if slopes.second_order is None:
+        return first
+    second = _polyak(loss, slopes.second_order) ** (2 / 3)
+    only_one = jnp.where(jnp.all(slopes.second_order == 0), first, second)
+    both = jnp.any(slopes.second_order != 0) & (jnp.sum(slopes.neurons) != 0)
+    return jnp.where(both, jnp.minimum(first, second), only_one)
+
+
+def _linear(neurons: Neurons) -> Neurons:
+    """The neurons in the linear model, in which those of second order write nothing."""
+    if neurons.second_order is None:
+        return neurons
+    return neurons._replace(omega=jnp.where(neurons.second_order[:, None] > 0, 0, neurons.omega))
 
 
 def skip_site(

@@ -29,6 +29,7 @@ from tinyjax.methods import (
     best_update,
     held_out_update,
     is_function_preserving,
+    needs,
     random0,
     tiny0,
 )
@@ -62,8 +63,6 @@ def make_grow_step(
     trainable: Trainable = everything,
     has_aux: bool = False,
     refresh: bool = False,
-    energy_matrix: bool = False,
-    offset_gram: bool = False,
     estimate_micro_batch: int | None = None,
     how_many: HowMany | None = None,
     null_draws: int = 0,
@@ -80,7 +79,7 @@ def make_grow_step(
         sites: growable sites, from `find_sites`; grown in this order.
         num_neurons: neurons to add at each site, static: the largest number where `neurons` is passed. By name or one
             for all.
-        method: from statistics to neurons.
+        method: from statistics to neurons. Sums that it declares to need are estimated for it, see `traits`.
         update: from statistics to the update of the consumer's existing weights; None for none.
         amplitude: of the neurons; default `line_search`, or 1 for a method that keeps the function.
         update_amplitude: of the update; by default `trusted_search`, an early stop.
@@ -91,8 +90,6 @@ def make_grow_step(
         trainable: the part of the parameters that the optimizer sees.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
         refresh: estimate again before each site instead of once a round.
-        energy_matrix: give the method sum v v', see `estimate`.
-        offset_gram: give it what pairs of kernel offsets read, see `estimate`.
         estimate_micro_batch: statistics of so many samples at a time, see `micro_batch` of `estimate`: for more samples
             than one capture has room for; best a divisor of three quarters of the batch. Search and acceptance
             still run forward on all their samples at once.
@@ -124,6 +121,8 @@ def make_grow_step(
         amplitude = fixed(1.0) if is_function_preserving(method) else line_search
 
     recipe = Recipe(loss_fn, has_aux, method, update, amplitude, update_amplitude, fill, orient)
+    wanted_sums = needs(method, fill)
+    options: dict[str, Any] = wanted_sums | {"null_draws": max(null_draws, wanted_sums.get("null_draws", 0))}
 
     def statistics_of(params: Params, batch: Any, inputs: Mapping[str, Inputs]) -> dict[str, Statistics]:
         found = estimate_batch(
@@ -132,11 +131,9 @@ def make_grow_step(
             batch,
             sites,
             has_aux=has_aux,
-            energy_matrix=energy_matrix,
-            offset_gram=offset_gram,
             micro_batch=estimate_micro_batch,
-            null_draws=null_draws,
             num_gates=counts,
+            **options,
         )
         return {name: _with_inputs(name, s, inputs.get(name)) for name, s in found.statistics.items()}
 
@@ -173,7 +170,9 @@ def make_grow_step(
             exact = squares.get(site.name)
             one = partial(grow_site, recipe, site, counts[site.name], parts, squares=exact, key=site_key)
             wanted = limited(site, found[site.name], neurons[site.name])
-            statistics = dataclasses.replace(found[site.name], null=None)
+            statistics = found[site.name]
+            if "null_draws" not in wanted_sums:
+                statistics = dataclasses.replace(statistics, null=None)
             params, rows[site.name] = jax.lax.cond(
                 wanted > 0, one, partial(skip_site, site), params, statistics, current, wanted
             )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array
 
+from tinyjax.activation import NotElementwise, activation_between
 from tinyjax.atoms import Atom, root, roots
 from tinyjax.attention import (
     Head,
@@ -43,7 +44,8 @@ class Path(NamedTuple):
         geometry: how rows are pixels of images, or None where all of them are the same rows.
         weights: what every row was multiplied by between the two.
         gate: the product whose activation multiplies the producer's slot by slot, rows in the same order, or None.
-        activation: of the gate, elementwise.
+        activation: elementwise, of the gate; where there is none, of the producer's own output on its way to the
+            consumers, or None if more than elementwise operations lie there.
         pair: the keys, where the producer makes queries and the consumer is the product of both.
         cell: of recurrent units, what the producer is added to and which of its results the consumers read, or None.
         tangent: what lies between the two where rows are mixed or slots come in heads; None where rows are kept.
@@ -363,7 +365,7 @@ def _path(
         laid = tuple(lay_out_weight(model.axes, weight, producer) for weight in weights)
         readers = tuple(aligned(c, order) for c in consumers)
         if gate is None:
-            return Path(producer, readers, None, laid)
+            return Path(producer, readers, None, laid, activation=_activation(model, producer, read))
         if not is_rowwise(producer, [gate.use], ()) or gate.use.op.scans != producer.op.scans:
             raise Unaligned(f"its gate `{gate.use.leaf}` has other rows than `{producer.leaf}`")
         return Path(producer, readers, None, laid, aligned(gate.use, order), gate.activation)
@@ -374,6 +376,14 @@ def _path(
         raise Unaligned(f"its rows are weighted one by one in {ops}, between convolutions or poolings")
     geometry, producer, consumers = lay_out(model.axes, producer, consumers, pools, dimension)
     return Path(producer, consumers, geometry)
+
+
+def _activation(model: Dimensions, producer: Use, read: Value) -> Callable[[Array], Array] | None:
+    """The elementwise function between a product and what its consumers read, or None."""
+    try:
+        return activation_between(model.wiring, producer, read)
+    except NotElementwise:
+        return None
 
 
 def _mixed_path(model: Dimensions, producer: Use, consumers: tuple[Use, ...], flow: Flow, dimension: Atom) -> Path:

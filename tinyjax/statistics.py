@@ -30,6 +30,7 @@ _SUMS = (
     "gram_out",
     "null",
     "offset_gram",
+    "third_moments",
 )
 
 
@@ -110,6 +111,10 @@ class Statistics:
         shares: for each column of the consumers, how many of the rows of b it reads (of recurrent units: the readout of
             the last state one of many). S and G are over all rows; such a column counts as if it read its share of each
             of them. None where all read all.
+        third_moments: (2, R, D, D) sum of (w_r' v) b_prev b_prev' with v the residual of the best update, or None when
+            they were not asked for.
+        third_outputs: (R, Q) the orthonormal w_r: the directions in which the residual is largest.
+        curvature: sigma''(0) of the activation, as `tinyjax.parity` measures it; 0 without third moments.
     """
 
     count: Array
@@ -135,6 +140,9 @@ class Statistics:
     heads: int | None = dataclasses.field(default=None, metadata={"static": True})
     gram_out: Array | None = None
     shares: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    third_moments: Array | None = None
+    third_outputs: Array | None = None
+    curvature: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
 class Moments(NamedTuple):
@@ -156,6 +164,7 @@ class Moments(NamedTuple):
     spectrum: Spectrum | None = None
     other: Array | None = None
     gram_out: Array | None = None
+    third_moments: Array | None = None
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
@@ -164,7 +173,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     The sums are meaningful only if both were taken at the same parameters; weights and width are those of `b`.
 
     Raises:
-        ValueError: the two do not describe the same layers.
+        ValueError: the two do not describe the same layers, or hold third moments, each along its own outputs.
 
     Example:
         >>> more = data.Batch(images[::-1], batch.label[::-1])
@@ -177,6 +186,10 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
         raise ValueError(
             "`merge` got statistics of different shapes or fields; merge only statistics of one site at one capacity, "
             f"estimated with the same options. Got {structures[0]} and {structures[1]}."
+        )
+    if a.third_outputs is not None:
+        raise ValueError(
+            "third moments of two records cannot be added: they belong to the residual of either's samples"
         )
     added = _replace_sums(b, lambda name: jax.tree.map(jnp.add, getattr(a, name), getattr(b, name)))
     return dataclasses.replace(added, ridge=None, ridge_update=None, spectra=None)
@@ -205,8 +218,10 @@ def merge_over(statistics: Statistics, axis_name: str | tuple[str, ...]) -> Stat
         >>> specs = dict(in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
         >>> statistics = jax.jit(jax.shard_map(on_a_device, mesh=mesh, **specs))(params, batch)
     """
-    if statistics.link is None or statistics.gates is not None:
-        why = "searches its gates anew on every device" if statistics.link is not None else "is too wide"
+    anew = {"gates": statistics.gates, "third moments": statistics.third_outputs}
+    chosen = [what for what, value in anew.items() if value is not None]
+    if statistics.link is None or chosen:
+        why = f"chooses its {chosen[0]} anew on every device" if chosen else "is too wide"
         raise ValueError(f"this site {why}, so that its statistics cannot be added: let `jit` shard the batch instead")
     added = _replace_sums(statistics, lambda name: jax.lax.psum(getattr(statistics, name), axis_name))
     return dataclasses.replace(added, ridge=None, ridge_update=None, spectra=None)

@@ -236,7 +236,7 @@ def _path_sums(
         )
         if shares is None:
             return sums
-        return sums._replace(energy=jnp.sum(_halves(v, num_samples) ** 2 / jnp.array(shares, v.dtype), axis=(-2, -1)))
+        return sums._replace(energy=jnp.sum(halves(v, num_samples) ** 2 / jnp.array(shares, v.dtype), axis=(-2, -1)))
     geometry = path.geometry
     return conv_sums(
         x.reshape(num_samples, *geometry.space, -1),
@@ -361,8 +361,8 @@ def row_sums(
     b_prev, b = with_constant(x, bias_prev), with_constant(h, bias)
     if weight is not None:
         b_prev = (weight[..., :, None] * b_prev[..., None, :]).reshape(*b_prev.shape[:-1], -1)
-    null = None if signs is None else _null_sums(b_prev, b, _halves(v, num_samples), signs)
-    b_prev, b, v = (_halves(array, num_samples) for array in (b_prev, b, v))
+    null = None if signs is None else _null_sums(b_prev, b, halves(v, num_samples), signs)
+    b_prev, b, v = (halves(array, num_samples) for array in (b_prev, b, v))
     gram_prev = _gram(b_prev, b_prev)
     return Sums(
         gram_prev=gram_prev,
@@ -383,7 +383,7 @@ def _null_sums(b_prev: Array, b: Array, v: Array, signs: Array) -> Null:
 
     def draw(sign: Array) -> Null:
         rows = jnp.repeat(sign, b.shape[-2] // num_samples)[:, None].astype(b.dtype)
-        flipped_prev, flipped, plain = (_halves(x, num_samples) for x in (rows * b_prev, rows * b, b))
+        flipped_prev, flipped, plain = (halves(x, num_samples) for x in (rows * b_prev, rows * b, b))
         return Null(
             cross_prev=_gram(flipped_prev, v),
             gram=_gram(flipped, plain),
@@ -410,7 +410,7 @@ def with_constant(x: Array, bias: bool) -> Array:
     return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1) if bias else x
 
 
-def _halves(x: Array, num_samples: int) -> Array:
+def halves(x: Array, num_samples: int) -> Array:
     """`(*stack, samples * positions, cols)` as `(*stack, 2, rows, cols)`: even samples, odd samples (zeros to even)."""
     *lead, _, cols = x.shape
     depth = len(lead)

@@ -4,11 +4,13 @@ from tinyjax.methods.base import Method as Method
 from tinyjax.methods.base import Neurons as Neurons
 from tinyjax.methods.base import is_function_preserving as is_function_preserving
 from tinyjax.methods.base import is_stochastic as is_stochastic
+from tinyjax.methods.base import needs as needs
 from tinyjax.methods.base import traits as traits
 from tinyjax.methods.bottleneck import Bottleneck as Bottleneck
 from tinyjax.methods.bottleneck import bottleneck as bottleneck
 from tinyjax.methods.completed import completed as completed
 from tinyjax.methods.completed import within_rank as within_rank
+from tinyjax.methods.completed import within_significance as within_significance
 from tinyjax.methods.fisher_tiny import fisher_tiny as fisher_tiny
 from tinyjax.methods.gains import Effect as Effect
 from tinyjax.methods.gains import Squares as Squares
@@ -49,6 +51,8 @@ from tinyjax.methods.random0 import random0 as random0
 from tinyjax.methods.ridge import held_out as held_out
 from tinyjax.methods.ridge import held_out_update as held_out_update
 from tinyjax.methods.ridge import with_ridges as with_ridges
+from tinyjax.methods.second_order import held_out_third as held_out_third
+from tinyjax.methods.second_order import second_order as second_order
 from tinyjax.methods.tiny import tiny as tiny
 from tinyjax.methods.tiny0 import tiny0 as tiny0
 from tinyjax.methods.tiny_conv_als import ConvGains as ConvGains

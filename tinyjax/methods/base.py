@@ -4,7 +4,8 @@ A method is a pure function `method(statistics, *, num_neurons, key=None) -> Neu
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from tinyjax.statistics import Moments, Statistics
 
 Method = Callable[..., "Neurons"]
 _F = TypeVar("_F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 class Neurons(NamedTuple):
@@ -32,6 +34,8 @@ class Neurons(NamedTuple):
         gate: (B, k) fan-in of the gates of gated units, which no amplitude scales; None elsewhere. With one, `alpha`
             has a block of rows for every gate of the statistics, and neuron k reads through block k alone. For whole
             heads their `Pattern`, and k counts the value dimensions of all of them, head after head.
+        second_order: (k,) what the loss falls by at amplitude gamma is gamma^(3/2) times their sum, for neurons that do
+            nothing to first order; None where all do.
     """
 
     alpha: Array
@@ -39,15 +43,20 @@ class Neurons(NamedTuple):
     singular_values: Array
     delta: Array | None = None
     gate: Any = None
+    second_order: Array | None = None
 
 
-def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]:
+def traits(
+    *, function_preserving: bool, stochastic: bool, needs: Mapping[str, Any] = MappingProxyType({})
+) -> Callable[[_F], _F]:
     """Declares on a method what its callers must know, and lets it grow heads and gated units, one after the other.
 
     Args:
         function_preserving: adding the neurons changes no output of the network, so the loss says nothing about their
             amplitude.
         stochastic: the method needs a key.
+        needs: options of `estimate` for what it reads besides the usual sums, such as `{"energy_matrix": True}`;
+            `make_grow_step` estimates with them.
 
     Example:
         >>> @tinyjax.traits(function_preserving=True, stochastic=False)
@@ -71,13 +80,13 @@ def traits(*, function_preserving: bool, stochastic: bool) -> Callable[[_F], _F]
                 return one(statistics, num_neurons=num_neurons, key=key)
             return gate_by_gate(one, statistics, num_neurons=require_count(num_neurons), key=key)
 
-        vars(method_of_any).update(function_preserving=function_preserving, stochastic=stochastic)
+        vars(method_of_any).update(function_preserving=function_preserving, stochastic=stochastic, needs=needs)
         return cast(_F, method_of_any)
 
     return declare
 
 
-def declared(function: Callable[..., Any], name: str, default: bool) -> bool:
+def declared(function: Callable[..., Any], name: str, default: T) -> T:
     """A trait that a function declares, also through `functools.partial` and `functools.wraps`."""
     while not hasattr(function, name):
         inner = getattr(function, "func", None) or getattr(function, "__wrapped__", None)
@@ -95,6 +104,20 @@ def is_function_preserving(method: Method) -> bool:
 def is_stochastic(method: Method) -> bool:
     """Whether a method declares that it needs a key."""
     return declared(method, "stochastic", default=False)
+
+
+def needs(*functions: Callable[..., Any] | None) -> dict[str, Any]:
+    """The options of `estimate` that functions of statistics declare to need; the larger where two ask for a number.
+
+    Example:
+        >>> methods.needs(tinyjax.fisher_tiny, tinyjax.random0)
+        {'energy_matrix': True}
+    """
+    found: dict[str, Any] = {}
+    for function in functions:
+        wanted: Mapping[str, Any] = {} if function is None else declared(function, "needs", default={})
+        found |= {name: max(value, found.get(name, value)) for name, value in wanted.items()}
+    return found
 
 
 def require_key(key: Array | None, method: str) -> Array:

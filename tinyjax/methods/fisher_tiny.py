@@ -11,7 +11,7 @@ from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
 from tinyjax.statistics import Statistics, moments
 
 
-@traits(function_preserving=False, stochastic=False)
+@traits(function_preserving=False, stochastic=False, needs={"energy_matrix": True})
 def fisher_tiny(
     statistics: Statistics,
     *,

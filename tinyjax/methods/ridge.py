@@ -118,8 +118,8 @@ def choose(statistics: Statistics, fold: Callable[[Moments, Moments], Fold]) -> 
     Returns:
         () in the dtype of the statistics.
     """
-    folds = _both_ways(statistics, fold)
-    return _climb(statistics, lambda ridge: jnp.sum(jax.lax.map(lambda one: one.score(ridge), folds)))
+    folds = both_ways(statistics, fold)
+    return climb(statistics, lambda ridge: jnp.sum(jax.lax.map(lambda one: one.score(ridge), folds)))
 
 
 def choose_for_inputs(statistics: Statistics, crosses: Callable[[Moments, Moments], tuple[Array, Array]]) -> Array:
@@ -139,7 +139,7 @@ def choose_for_inputs(statistics: Statistics, crosses: Callable[[Moments, Moment
         return choose(statistics, fold)
 
     fitted = jax.tree.map(lambda x: x[:2], spectra.spectrum)
-    cross, cross_test = (jax.vmap(Spectrum.turn)(fitted, x) for x in _both_ways(statistics, crosses))
+    cross, cross_test = (jax.vmap(Spectrum.turn)(fitted, x) for x in both_ways(statistics, crosses))
     # X has the rows w_i N_i with w = 1 / (eigenvalues + ridge), so the score is a quadratic form in w.
     linear = jnp.sum(cross_test * cross, 2)
     quadratic = spectra.other * matmul(cross, cross.mT)
@@ -148,10 +148,10 @@ def choose_for_inputs(statistics: Statistics, crosses: Callable[[Moments, Moment
         w = 1 / jax.vmap(Spectrum.shifted, (0, None))(fitted, ridge)
         return 2 * inner(linear, w) - inner(w, matmul(quadratic, w[:, :, None])[:, :, 0])
 
-    return _climb(statistics, score_at)
+    return climb(statistics, score_at)
 
 
-def _both_ways(statistics: Statistics, function: Callable[[Moments, Moments], T]) -> T:
+def both_ways(statistics: Statistics, function: Callable[[Moments, Moments], T]) -> T:
     """A function of (means of one half, means of the other), both ways, stacked.
 
     Never by `vmap`: batched LAPACK calls of some size wait for each other for ever on a machine of two cores.
@@ -169,7 +169,7 @@ class _Step(NamedTuple):
     turned: Array  # whether there is no other direction left
 
 
-def _climb(statistics: Statistics, score_at: Callable[[Array], Array]) -> Array:
+def climb(statistics: Statistics, score_at: Callable[[Array], Array]) -> Array:
     """The nearest local maximum uphill from `_START`; a tie is won by the larger ridge.
 
     With an empty half there is nothing to climb and no work. The start is scored by the first turn of the loop, so

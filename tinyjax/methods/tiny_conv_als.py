@@ -49,7 +49,7 @@ class ConvGains(NamedTuple):
     bound: Array
 
 
-@traits(function_preserving=False, stochastic=False)
+@traits(function_preserving=False, stochastic=False, needs={"offset_gram": True})
 def tiny_conv_als(
     statistics: Statistics,
     *,
@@ -101,9 +101,7 @@ def conv_problem(moments: Moments, delta: Array) -> ConvProblem:
         ValueError: there is no `offset_gram`.
     """
     if moments.offset_gram is None:
-        raise ValueError(
-            "these statistics have no `offset_gram`: pass `offset_gram=True` to `estimate` or `make_grow_step`"
-        )
+        raise ValueError("these statistics have no `offset_gram`: pass `offset_gram=True` to `estimate`")
     offsets, inputs = moments.offset_gram.shape[:2]
     cross = residual_cross(moments, delta).reshape(inputs, -1, offsets)
     return ConvProblem(moments.offset_gram, cross, moments.energy - update_gain(moments, delta))
