@@ -50,10 +50,16 @@ def first_seconds(records: Iterator[tinyjax.Record]) -> tuple[float, float]:
 
 
 def estimate(forecast: Forecast, rates: Rates) -> str:
-    """Seconds of a run, once compiled, in words."""
+    """How long a run takes, once compiled, in words."""
     training, growth = (seconds(rate, total(parts)) for rate, parts in zip(rates, forecast))
     steps, growths = (sum(times for _, times in parts) for parts in forecast)
     return (
-        f"{training + growth:.0f} s, {training:.0f} of them for {steps} steps and {growth:.0f} for {growths} growths, "
-        f"once its {len(forecast.growth)} programs of growth are compiled"
+        f"{_span(training + growth)} once compiled: {steps} steps {_span(training)}, {growths} growths {_span(growth)} "
+        f"(programs to compile: {len(forecast.training)} + {len(forecast.growth)})"
     )
+
+
+def _span(taken: float) -> str:
+    if taken < 100:
+        return f"{taken:.1f} s"
+    return f"{taken / 60:.0f} min" if taken < 6000 else f"{taken / 3600:.1f} h"

@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Run]]:
     if task.forecast is not None and not config.resume:
         found = task.forecast()
         rates = calibrated(found, lambda: task.runs["grown"](config.seed, None))
-        note(f"A growing run of {config.dataset} will take about {estimate(found, rates)}.")
+        note(f"A growing run will take about {estimate(found, rates)}")
     results: dict[str, list[Run]] = {name: [] for name in task.runs}
     with tinyjax.stop_on_interrupt() as stopped, bars.Progress(*columns, console=CONSOLE) as progress:
         for number, name in enumerate(task.runs):

@@ -37,6 +37,7 @@ import optax
 
 import tinyjax
 from experiments import paper, resnet
+from experiments.calibration import calibrated, estimate
 from experiments.growth_figures import REFERENCES, draw, findings
 from experiments.results import Experiment, Row, run
 from experiments.tasks import load
@@ -187,7 +188,24 @@ def parts(config: Config) -> Mapping[str, Callable[[], list[Row]]]:
                 for seed in config.seeds:
                     name = f"{method} {start} {between} {seed}"
                     runs[name] = partial(run_of, network, config.dataset, method, start, between, seed)
+                    if method == config.methods[0] and seed == config.seeds[0]:
+                        runs[name] = partial(_announced, network, method, start, between, runs[name])
     return runs
+
+
+def _announced(
+    network: Callable[[str, float], resnet.Network],
+    method: str,
+    start: str,
+    between: float,
+    run_it: Callable[[], list[Row]],
+) -> list[Row]:
+    """Says how long a run of this setting takes before it is run."""
+    net, options = network(start, between), METHODS[method]
+    forecast = resnet.forecast(net, **options)
+    rates = calibrated(forecast, lambda: resnet.grow(net, 0, **options))
+    print(f"{method} from {start}, {between:g} epochs apart: about {estimate(forecast, rates)}", flush=True)
+    return run_it()
 
 
 def pooled(images: Any, size: int) -> Any:

@@ -1,13 +1,17 @@
 """Forecasts of runs, against the runs themselves and against the programs that they trace."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import tinyjax
+from experiments import calibration
 from tinyjax import forecast
-from tinyjax.work import seconds, work
+from tinyjax.work import Work, seconds, work
 
 INPUTS, SAMPLES = 3, 32
 OPTIMIZER = tinyjax.with_birth(optax.sgd(1e-2))
@@ -109,3 +113,31 @@ def test_a_schedule_is_held_to_the_seconds_of_a_step():
     limit = cost({"a": 3, "b": 5})
     held = tinyjax.budget(tinyjax.every(1, {"b": 9}, final={"b": 20}), cost, limit=limit)
     assert held(1, {"a": 3, "b": 2}) == {"b": 3}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What `perf_counter` shows next."""
+    ticks = []
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: ticks.pop(0))
+    return ticks
+
+
+def records(*growths):
+    return (SimpleNamespace(params=jnp.ones(()), loss=jnp.ones(()), growth=growth) for growth in growths)
+
+
+def test_the_first_growth_and_the_steps_around_it_are_the_calibration_runs(clock):
+    clock += [0, 2, 4, 16, 18, 21, 23, 99]  # the start, then the end of every record
+    step, growth = calibration.first_seconds(records(None, None, "grown", None, None, None, None))
+    assert (step, growth) == (2, 10) and clock == [99]  # five steps are enough
+    clock[:] = [0, 1]
+    with pytest.raises(ValueError, match="needs a growth and a gradient step"):
+        calibration.first_seconds(records(None))
+
+
+def test_an_estimate_says_what_takes_how_long():
+    done = Work(1.0, 1.0, 0.0)
+    found = forecast.Forecast(training=((done, 300), (done, 300)), growth=((done, 4),))
+    said = calibration.estimate(found, forecast.Rates(0.5, 10.0))
+    assert said == "6 min once compiled: 600 steps 5 min, 4 growths 40.0 s (programs to compile: 2 + 1)"
