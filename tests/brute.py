@@ -1,5 +1,6 @@
 """Brute-force check that a site reported growable really is."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ import numpy as np
 from tinyjax.estimate import estimate
 from tinyjax.layout import named_leaves
 from tinyjax.methods.base import Neurons
+from tinyjax.site import Sites
 from tinyjax.sites import find_sites
-from tinyjax.slots import cols, num_inputs, rows
+from tinyjax.slots import cols, have_bias, num_inputs, readers, rows
 from tinyjax.surgery.write import lead, thin, write
 
 STEP = 1e-5
@@ -39,9 +41,10 @@ class Report(NamedTuple):
     identity: float
 
 
-def inspect(model: Any, slope: float = 1.0) -> dict[str, Report]:
-    """Reports on every growable site of a model, from one compilation."""
-    sites = find_sites(model.loss_fn, model.params, model.batch, has_aux=model.has_aux).growable
+def inspect(model: Any, slope: float = 1.0, only: Callable[[Any], bool] = lambda site: True) -> dict[str, Report]:
+    """Reports on every growable site of a model (or on some), from one compilation."""
+    found = find_sites(model.loss_fn, model.params, model.batch, has_aux=model.has_aux).growable
+    sites = Sites(site for site in found if only(site))
     if not sites:
         return {}
 
@@ -108,7 +111,7 @@ def inspect(model: Any, slope: float = 1.0) -> dict[str, Report]:
         scale = np.sqrt(np.sum(alpha**2) * np.sum(omega**2)) * np.sqrt(np.sum(moment**2))
         dust = max(np.abs(m.layout.to_slots(grads[m.leaf][first])[..., -1, :]).max() for m in site.members)
         reports[site.name] = Report(
-            silent_out=abs(losses[first + 1] - base),
+            silent_out=0.0 if record.normed else abs(losses[first + 1] - base),  # a norm sees a fan-in
             silent_in=abs(losses[first + 2] - base),
             untouched=max(np.abs(v[first + 3] - v[first]).max() for v in variants.values()),
             dust=dust,
@@ -138,13 +141,16 @@ def start_dtype(params: Any) -> Any:
 def identity_error(site: Any, record: Any, grads: dict[str, Any]) -> float:
     """Law 1: -(1/n) B' V_goal against the gradient of every consumer leaf, relative to its largest entry."""
     n = record.count.reshape(-1, 2)[0].sum()
-    cross, first, worst = -record.cross.sum(axis=-3) / n, 0, 0.0
-    for kernel in site.consumers:
-        grad = kernel.layout.to_matrix(grads[kernel.leaf])
-        if record.bias:
-            grad = np.concatenate([grad, kernel.bias.to_matrix(grads[kernel.bias.leaf])], axis=-2)
-        mine = cross[..., first : first + grad.shape[-1]]
-        worst = max(worst, np.abs(mine - grad).max() / np.abs(grad).max())
-        first += grad.shape[-1]
-    assert first == cross.shape[-1]
+    cross, worst, row, col = -record.cross.sum(axis=-3) / n, 0.0, 0, 0
+    for group in readers(site):
+        height = rows(group[0]) + have_bias(group)
+        for kernel in group:
+            grad = kernel.layout.to_matrix(grads[kernel.leaf])
+            if have_bias(group):
+                grad = np.concatenate([grad, kernel.bias.to_matrix(grads[kernel.bias.leaf])], axis=-2)
+            mine = cross[..., row : row + height, col : col + grad.shape[-1]]
+            worst = max(worst, np.abs(mine - grad).max() / np.abs(grad).max())
+            col += grad.shape[-1]
+        row += height
+    assert (row, col) == cross.shape[-2:]
     return worst

@@ -11,12 +11,13 @@ from zoo import data, dense2, draw, labelled, two_layers
 
 
 class Refusal(NamedTuple):
-    """A loss, its inputs, and a word of the reason by site name."""
+    """A loss, its inputs, a word of the reason by site name, and what may grow beside it."""
 
     loss_fn: Callable[..., Any]
     params: Any
     batch: Any
     reasons: Mapping[str, str]
+    growable: tuple[str, ...] = ()
 
 
 REFUSALS: dict[str, Refusal] = {}
@@ -152,6 +153,47 @@ refuse("gated_recurrence", lambda p, b: jax.lax.scan(
 refuse("embedding", lambda p, b: jnp.tanh(p["w"][b["y"]]) @ p["u"], {"u": "embedding"}, draw(w=(7, 4)), labelled(6, 5))
 refuse("experts", lambda p, b: jax.vmap(lambda w, u: jnp.tanh(b["x"] @ w) @ u, out_axes=2)(p["w"], p["u"]),
        {"w[1]": "batch of kernels"}, draw(w=(2, 5, 4), u=(2, 4, 3)))  # fmt: skip
+
+
+# Residual streams
+def block(p: Any, s: Any) -> Any:
+    return jnp.tanh(s @ p["r"]) @ p["t"]
+
+
+def rms(s: Any, width: int = 4) -> Any:
+    return s * jax.lax.rsqrt(jnp.sum(s**2, -1, keepdims=True) / width + 1e-5)
+
+
+def on_stream(name: str, apply: Callable[..., Any], reason: Any, params: Any = None, batch: Any = x3) -> None:
+    """Registers a residual network: `apply(s, params, batch)` gives the outputs from what is first on the stream."""
+    weights = draw(r=(4, 3), t=(3, 4)) | (params or {})
+    refuse(name, lambda p, b: apply(b["x"] @ p["w"], p, b), reason, weights, batch)
+    REFUSALS[name] = REFUSALS[name]._replace(growable=("r",))
+
+
+on_stream("stream_layer_norm", lambda s, p, b: head(p, s + block(p, centred(s))), "layer norm")
+on_stream("stream_last_layer_norm", lambda s, p, b: head(p, centred(s + block(p, rms(s)))), "use an RMS norm")
+on_stream("stream_dropout", lambda s, p, b: head(p, s + block(p, s) * jax.random.bernoulli(b["k"], 0.5, s.shape)),
+          "random numbers", batch=keyed)  # fmt: skip
+on_stream("stream_relu", lambda s, p, b: head(p, jax.nn.relu(s + block(p, s))), "lies on it")
+on_stream("stream_norm_on_it", lambda s, p, b: head(p, rms(s) + block(p, s)), "a norm on the stream itself")
+on_stream("stream_flatten", lambda s, p, b: (s + block(p, s)).reshape(6, -1) @ p["u"], "a flatten?", draw(u=(16, 3)))
+on_stream("stream_scan", lambda s, p, b: head(p, jax.lax.scan(
+    lambda s, q: (s + jnp.tanh(s @ q[0]) @ q[1], None), s, (p["r"], p["t"]))[0]), "is used in a scan",
+    draw(r=(2, 4, 3), t=(2, 3, 4)))  # fmt: skip
+on_stream("stream_shared_block", lambda s, p, b: head(p, (s := s + block(p, s)) + block(p, s)), "used more than once")
+on_stream("stream_linear_block", lambda s, p, b: head(p, s + s @ p["q"]), "a residual state?", draw(q=(4, 4)))
+on_stream("stream_tied", lambda s, p, b: (e := p["e"][b["y"]]) @ p["q"] + block(p, e) @ p["e"].T,
+          {"t": "tied embeddings"}, draw(e=(7, 4), q=(4, 7)), labelled(6, 5))  # fmt: skip
+on_stream("stream_other_divisor", lambda s, p, b: head(p, s + block(p, rms(s, 3))), "another number than its width")
+on_stream("stream_max_norm", lambda s, p, b: head(p, s + block(p, s / jnp.max(s**2, -1, keepdims=True))), "reduce_max")
+on_stream("stream_shift", lambda s, p, b: head(p, s + block(p, rms(s) + p["q"])), "added behind a norm", draw(q=(4,)))
+on_stream("stream_cut_positions", lambda s, p, b: head(p, s + p["q"][:4] + block(p, s)), "neither a plain shift",
+          draw(q=(6, 4)))  # fmt: skip
+on_stream("stream_tokens_mixed", lambda s, p, b: head(p, s + block(p, s) + jnp.einsum(
+    "ntd,tu->nud", jnp.tanh(jnp.einsum("ntd,tu->nud", s, p["q"])), p["q"])), "`dot_general` lies on it",
+    draw(q=(4, 4)))  # fmt: skip
+on_stream("stream_in_the_loss", lambda s, p, b: head(p, s + block(p, s)) + jnp.sum(s, -1, keepdims=True), "reduce_sum")
 
 # Leaves that act elsewhere too
 refuse(

@@ -6,6 +6,7 @@ is the tangent of a new neuron's fan-in, and an empty neuron (fan-in and bias ze
 slot holds there.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -77,10 +78,12 @@ class Flow:
         summaries: number of entries of every such summary; the number of slots for a statistic over all rows.
         met: for every parameter leaf that met the flow slot by slot, the operations in which it did.
         weights: for every value, the factors that its rows were multiplied by one by one.
+        beside: operations in which a vector was multiplied by a factor of the rows before both met the flow.
         counted: for every leaf that tells a norm of `tinyjax.models` which slots it counts, the operations that ask.
         trouble: why the dimension cannot grow wherever it is read (such a norm, a slope that is not finite), or "".
 
-    `gates` are values that multiply the flow slot by slot, and which are given with each new neuron.
+    `gates` are values that multiply the flow slot by slot, and which are given with each new neuron. `others` are the
+    results of further products that write the dimension, in the same rows, empty where its slots are.
     """
 
     def __init__(
@@ -91,19 +94,21 @@ class Flow:
         producer: Use,
         slots: Atom,
         gates: frozenset[Value] = frozenset(),
+        others: Sequence[Value] = (),
     ):
-        (start,) = producer.op.outs
-        self.mixing: dict[Value, str] = {start: ROW_BY_ROW}
-        self.empty: dict[Value, Any] = {start: _zero(start)}
+        starts = (*producer.op.outs, *others)
+        self.mixing: dict[Value, str] = dict.fromkeys(starts, ROW_BY_ROW)
+        self.empty: dict[Value, Any] = {start: _zero(start) for start in starts}
         self.culprit: dict[Value, str] = {}
-        self.pools: dict[Value, tuple[Op, ...]] = {start: ()}
-        self.degree: dict[Value, float] = {start: 1.0}
+        self.pools: dict[Value, tuple[Op, ...]] = dict.fromkeys(starts, ())
+        self.degree: dict[Value, float] = dict.fromkeys(starts, 1.0)
         self.epsilon: list[float] = []
         self.modulated: list[Op] = []
         self.normalised: list[Op] = []
         self.summaries: set[int] = set()
         self.met: dict[int, list[Meeting]] = {}
-        self.weights: dict[Value, tuple[Weight, ...]] = {start: ()}
+        self.weights: dict[Value, tuple[Weight, ...]] = dict.fromkeys(starts, ())
+        self.beside: set[Op] = set()
         self.counted: dict[int, list[Op]] = {}
         self.trouble = ""
         self._axes, self._wiring, self._slots, self._gates = axes, wiring, slots, gates
@@ -194,13 +199,47 @@ class Flow:
             factor = (_is_zero, _is_one)[which]
         else:
             return None
-        value = op.ins[operand]
+        value, meeting = op.ins[operand], op
         while self._has_slots(value):
-            maker = self._wiring.made_by.get(value)
-            if maker is None or not _is_layout(maker):
-                return None
-            op, operand, value = maker, 0, maker.ins[0]
+            found = self.factored(value)
+            if found is not None:
+                op, operand = found
+                (leaf, through), *_ = leaves_behind(self._wiring, self._axes, op.ins[1 - operand]).items()
+                self.met.setdefault(leaf, []).append(Meeting(meeting, through))
+                self.beside.add(op)
+            else:
+                maker = self._wiring.made_by.get(value)
+                if maker is None or not _is_layout(maker):
+                    return None
+                op, operand = maker, 0
+            value = op.ins[operand]
         return Weight(op, operand, value, factor)
+
+    def factored(self, value: Value) -> tuple[Op, int] | None:
+        """Of a vector along the slots times something else, the product and which operand is the other.
+
+        A root-mean-square norm may multiply what it divides by with its scale first.
+        """
+        op = self._wiring.made_by.get(value)
+        if op is None or op.name != "mul":
+            return None
+        vectors = [i for i, v in enumerate(op.ins) if self._has_slots(v) and self._wiring.vector(v) is not None]
+        return (op, 1 - vectors[0]) if len(vectors) == 1 else None
+
+    def is_vector(self, value: Value) -> bool:
+        """Whether a value is a parameter vector along the slots, the same in all rows."""
+        found = self._wiring.vector(value)
+        return found is not None and all(a is self._slots for axis in self._axes[found[1]] for a in roots(axis))
+
+    def downstream(self, graph: Graph, start: Value) -> "Flow":
+        """The same flow from one of its values on."""
+        reached = {start}
+        for op in graph.ops:
+            if any(v in reached for v in op.ins):
+                reached.update(v for v in op.outs if v in self.mixing)
+        part = copy.copy(self)
+        part.mixing = {v: why for v, why in self.mixing.items() if v in reached}
+        return part
 
     def _selected(self, op: Op) -> int | None:
         """Which of two cases of a `select_n` is the flow, the other one being zero."""

@@ -102,17 +102,13 @@ def grow_site(
         signed = neurons._replace(alpha=jnp.sign(gamma) * neurons.alpha, omega=jnp.sign(gamma) * neurons.omega)
         return write(params, site, signed, amplitude=jnp.abs(gamma), limit=wanted, birth=norm_at(gamma))
 
-    # Fan-in and fan-out grow with the signed root of the amplitude; a delta and a normalisation do not.
     straight = _leaves((*site.producers, *site.consumers))
-    if neurons.delta is not None:
+    if neurons.delta is not None or (site.stream is not None and site.stream.normed):
         straight -= _leaves(site.consumers)
-    loss_at = _loss_along(
-        recipe, recipe.amplitude, parts, params, lambda root: grown(jnp.sign(root) * root**2)[0], straight
-    )
+    along, coordinate = _along(site, grown)
+    loss_at = _loss_along(recipe, recipe.amplitude, parts, params, along, straight)
     found = recipe.amplitude(
-        lambda gamma: loss_at(jnp.sign(gamma) * jnp.sqrt(jnp.abs(gamma))),
-        dtype=neurons.alpha.dtype,
-        unit=_unit(loss_before, slopes),
+        lambda gamma: loss_at(coordinate(gamma)), dtype=neurons.alpha.dtype, unit=_unit(loss_before, slopes)
     )
     candidate, born = grown(found.amplitude)
     loss_grown = recipe.loss(candidate, parts.whole)
@@ -160,6 +156,19 @@ def grow_site(
         status=status,
     )
     return params, row
+
+
+def _along(
+    site: Site, grown: Callable[[Array], tuple[Params, Array]]
+) -> tuple[Callable[[Array], Params], Callable[[Array], Array]]:
+    """From a coordinate in which the fan-in moves straight to parameters, and from the amplitude to that coordinate.
+
+    Fan-in and fan-out grow with the signed root of the amplitude, a delta and a normalisation do not; under a norm on a
+    residual stream the fan-in grows with the amplitude, and the fan-out is there at once.
+    """
+    if site.stream is not None and site.stream.normed:
+        return lambda gamma: grown(gamma)[0], lambda gamma: gamma
+    return lambda root: grown(jnp.sign(root) * root**2)[0], lambda gamma: jnp.sign(gamma) * jnp.sqrt(jnp.abs(gamma))
 
 
 def _birth(

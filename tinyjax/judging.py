@@ -28,11 +28,11 @@ from tinyjax.norms import find_norm, roles
 from tinyjax.recurrence import Cell, find_recurrence
 from tinyjax.rowweights import RowWeight, lay_out_weight
 from tinyjax.rules import BETWEEN_ACTIVATIONS, SHARED_HEADS, contraction
-from tinyjax.site import Kernel, Member, Norm, Site
+from tinyjax.site import Kernel, Member, Norm, Site, Stream
+from tinyjax.stream import Branch, find_stream, num_writers
 from tinyjax.tangent import Tangent, find_tangent, heads_as_layers, heads_first
-from tinyjax.trace import Op, Value
-from tinyjax.uses import Use
-from tinyjax.wiring import is_view
+from tinyjax.trace import MATMULS, Op, Value
+from tinyjax.uses import Use, aligned
 
 
 class Path(NamedTuple):
@@ -50,6 +50,7 @@ class Path(NamedTuple):
         cell: of recurrent units, what the producer is added to and which of its results the consumers read, or None.
         tangent: what lies between the two where rows are mixed or slots come in heads; None where rows are kept.
         head: queries, keys and what becomes of them, where a slot is a whole attention head; the producer makes values.
+        branches: of a residual stream, all its writers on their way to the consumers, which read one tensor.
     """
 
     producer: Use
@@ -62,14 +63,16 @@ class Path(NamedTuple):
     pair: Pair | None = None
     cell: Cell | None = None
     head: Head | None = None
+    branches: tuple[Branch, ...] = ()
 
     def taps(self) -> dict[tuple[int, ...], int]:
         """The operands to record besides those of the uses, by address."""
         weights = {weight.address: weight.operand for weight in self.weights}
         taps = dict(weights) | ({} if self.head is None else self.head.taps())
-        tangents = [] if self.pair is None else [self.pair.queries, self.pair.keys]
-        for tangent in tangents if self.tangent is None else [self.tangent]:
-            taps |= tangent.taps
+        tangents: list[Tangent | None] = [] if self.pair is None else [self.pair.queries, self.pair.keys]
+        tangents += [self.tangent, *(branch.tangent for branch in self.branches)]
+        for tangent in tangents:
+            taps |= {} if tangent is None else tangent.taps
         if self.pair is not None and self.pair.attention is not None:
             taps[self.pair.attention.address] = self.pair.attention.operand
         return taps
@@ -92,7 +95,13 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
         reason, paths, found, norm = _recurrent(model, dimension, producers, consumers)
     elif not reason:
         reason, paths, found, norm = _paths(model, dimension, producers, consumers)
-    if paths and paths[0].pair is not None:
+    stream: Stream | None = None
+    if reason and _may_be_stream(model, dimension, consumers):
+        reason, paths, found, stream = _stream(model, dimension, reason)
+    if paths and stream is not None:
+        producers = [branch.use for branch in paths[0].branches]
+        consumers = [consumer for path in paths for consumer in path.consumers]
+    elif paths and paths[0].pair is not None:
         producers, consumers = [paths[0].producer], [paths[0].pair.key]
     elif paths and paths[0].cell is not None:
         leaves = list(dict.fromkeys(use.leaf for use in producers))
@@ -126,6 +135,7 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
         power=paths[0].pair.power if paths and paths[0].pair is not None else 0.0,
         gate=next(iter(_kernels(model, gates, dimension, "cols")), None),
         pattern=_kernels(model, pattern, dimension, "cols"),
+        stream=stream,
     )
     return site, paths
 
@@ -182,6 +192,33 @@ def _recurrent(
                 return _refusal(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
     paths = (Path(next(iter(cell.terms.values())), readers, cell=cell) for cell, readers in found.cells)
     return "", tuple(paths), found.found, None
+
+
+def _may_be_stream(model: Dimensions, dimension: Atom, consumers: Sequence[Use]) -> bool:
+    """Whether a dimension that is no hidden layer may be a stream: written or read several times, or an embedding."""
+    if dimension in model.obstructed or BETWEEN_ACTIVATIONS in dimension.marks:
+        return False
+    producers = model.producing.get(dimension, [])
+    if {use.leaf for use in producers} & {use.leaf for use in consumers}:
+        return False
+    written = num_writers(model, dimension)
+    embedding = written == 1 and not producers
+    return written > 1 or embedding or len({model.wiring.origin(use.input_value) for use in consumers}) > 1
+
+
+def _stream(
+    model: Dimensions, dimension: Atom, reason: str
+) -> tuple[str, tuple[Path, ...], dict[int, str], Stream | None]:
+    """The paths of a residual stream, one for each tensor that is read, or why it cannot grow."""
+    try:
+        found = find_stream(model, dimension)
+    except Unaligned as unaligned:
+        count = num_writers(model, dimension)
+        plain = count < 2 or "highway" in reason or ("gate" in reason and "residual stream" not in reason)
+        return reason if plain else f"{count} producers (a residual stream?): {unaligned}", (), {}, None
+    pairs = zip(found.branches, found.readers)
+    paths = tuple(Path(branches[0].use, group, branches=branches) for branches, group in pairs)
+    return "", paths, found.roles, found.stream
 
 
 def _query_key(
@@ -415,7 +452,7 @@ def _meeting_reason(model: Dimensions, flow: Flow, kernels: Sequence[Use]) -> st
 
 def _row_reason(model: Dimensions, producer: Use, consumers: Sequence[Use], flow: Flow) -> str:
     """Why the consumers do not read what the producer wrote, slot by slot, with empty slots at zero."""
-    if len({_tensor(model, c) for c in consumers}) > 1:
+    if len({model.wiring.origin(c.input_value) for c in consumers}) > 1:
         return "its consumers read different tensors"
     for consumer in consumers:
         same_scans = producer.op.scans == consumer.op.scans
@@ -435,14 +472,6 @@ def _row_reason(model: Dimensions, producer: Use, consumers: Sequence[Use], flow
             arrives = "something unknown" if value is None else f"{float(value):.3g}"
             return f"an empty neuron is not silent: `{culprit}` maps 0 to {arrives} (use sigma(x) - sigma(0))"
     return ""
-
-
-def _tensor(model: Dimensions, use: Use) -> Value:
-    """The tensor a consumer reads, layout aside."""
-    value = use.input_value
-    while (op := model.wiring.made_by.get(value)) is not None and is_view(op) and op.name != "scan_in":
-        value = op.ins[0]
-    return value
 
 
 def _member(
@@ -470,25 +499,13 @@ def _kernels(model: Dimensions, uses: Sequence[Use], dimension: Atom, side: str)
     for use in uses:
         bias = use.bias if use.bias is None else slotted(use.bias, use.bias.cols)
         kernels.setdefault(use.leaf, Kernel(slotted(use.kernel, getattr(use.kernel, side)), bias))
-        positions.setdefault(use.leaf, {})[use.op.path] = math.prod(use.outputs.factors[f] for f in use.outputs.rows)
+        times = math.prod(use.outputs.factors[f] for f in use.outputs.rows) if use.op.name in MATMULS else 0
+        positions.setdefault(use.leaf, {})[use.op.path] = times
     num_samples = model.axes.samples.size
     return tuple(
         dataclasses.replace(kernel, positions=-(-sum(positions[leaf].values()) // num_samples))
         for leaf, kernel in kernels.items()
     )
-
-
-def aligned(use: Use, order: Sequence[Atom]) -> Use:
-    """The same use with its rows in the order of the given dimensions; scans and axes of length one come last."""
-    position = {root(atom): i for i, atom in reversed(list(enumerate(order)))}
-    ranks = [len(order) if atom is None else position[root(atom)] for atom in use.rows]
-    by_rank = sorted(range(len(ranks)), key=ranks.__getitem__)
-    rows = tuple(use.rows[i] for i in by_rank)
-    layouts = (
-        dataclasses.replace(layout, rows=tuple(layout.rows[i] for i in by_rank)) for layout in (use.inputs, use.outputs)
-    )
-    inputs, outputs = layouts
-    return dataclasses.replace(use, rows=rows, inputs=inputs, outputs=outputs)
 
 
 def _refusal(reason: str) -> tuple[str, tuple[Path, ...], dict[int, str], Norm | None]:

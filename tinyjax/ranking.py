@@ -206,8 +206,11 @@ def _fit(
         if delta is not None:
             raise ValueError("the method brings its own update of the consumer: pass `update=None`")
         delta = update(statistics)
-    omega = jnp.where(jnp.any(neurons.alpha != 0), 0, neurons.omega)
-    born, full = neurons._replace(omega=omega, delta=None), refit(statistics, neurons, delta)._replace(delta=None)
+    if statistics.normed:  # a norm would see the fan-in: the fan-out is in place
+        born = neurons._replace(alpha=jnp.zeros_like(neurons.alpha), delta=None)
+    else:
+        born = neurons._replace(omega=jnp.where(jnp.any(neurons.alpha != 0), 0, neurons.omega), delta=None)
+    full = refit(statistics, neurons, delta)._replace(delta=None)
     born, full = in_outputs(born, basis), in_outputs(full, basis)
     return born, full, delta if basis is None or delta is None else matmul(delta, basis.T)
 

@@ -7,6 +7,8 @@ length (a reduction, an iota, a sort, an unknown primitive) leaves a mark that s
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from jax import lax
+
 from tinyjax.atoms import Axis, mark, regroup, unify
 from tinyjax.trace import Op
 
@@ -206,6 +208,13 @@ def _concatenate(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[
     return outs
 
 
+def whole_in_gather(op: Op, axis: int) -> bool:
+    """Whether every lookup returns an axis of the table whole: a clipped start leaves it no choice."""
+    numbers = op.params["dimension_numbers"]
+    full = op.params["slice_sizes"][axis] == op.ins[0].shape[axis]
+    return full and (axis not in numbers.start_index_map or op.params["mode"] == lax.GatherScatterMode.CLIP)
+
+
 def _gather(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
     numbers, table, indices, out = op.params["dimension_numbers"], ins[0], ins[1], outs[0]
     batching, index_batching = numbers.operand_batching_dims, numbers.start_indices_batching_dims
@@ -213,7 +222,7 @@ def _gather(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[
     looked_up = [d for d in range(len(out)) if d not in numbers.offset_dims]
     kept = set()
     for target, d in zip(numbers.offset_dims, window):
-        if op.params["slice_sizes"][d] == op.ins[0].shape[d] and d not in numbers.start_index_map:
+        if whole_in_gather(op, d):
             unify(table[d], out[target])  # an embedding lookup keeps its features
             kept.add(d)
         else:

@@ -72,6 +72,22 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stream:
+    """What a residual stream has besides its writers (the producers of its site) and readers (the consumers).
+
+    Attributes:
+        readers: of how many consumers in a row read the same tensor (queries, keys and values), in order.
+        normed: whether a root-mean-square norm over the dimension lies before a reader: it sees what a neuron writes.
+        powers: leaves, by path, that `resize` multiplies by a power of new / old capacity, because the norm divides by
+            the capacity.
+    """
+
+    readers: tuple[int, ...]
+    normed: bool
+    powers: tuple[tuple[str, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """A hidden dimension of a model.
 
@@ -92,6 +108,7 @@ class Site:
         gate: the kernel whose activation multiplies the producer's output slot by slot (GLU, SwiGLU), or None.
         pattern: for a site of whole attention heads the kernels of queries and keys, its producer being that of the
             values; () elsewhere. Their layers (and the producer's) are the dimensions of a head.
+        stream: of a residual stream, which has several producers; None elsewhere.
     """
 
     name: str
@@ -106,6 +123,7 @@ class Site:
     power: float = 0.0
     gate: Kernel | None = None
     pattern: tuple[Kernel, ...] = ()
+    stream: Stream | None = None
 
 
 class Sites(Sequence[Site]):

@@ -5,8 +5,9 @@ shifts (biases) and its fan-out are all zero, in every layer of a stack. Scales 
 they are inert on a slot that receives and emits nothing.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -78,7 +79,8 @@ def matrices(params: Params, site: Site) -> tuple[Float[Array, "*L D C"], Float[
     Returns:
         `weight_prev` `(*stack, D, capacity)`, the producers (several where their products are added) one below the
         other, bias as last row iff there is one; `weight` `(*stack, H, M)`, the consumers side by side in the order of
-        `site.consumers`, bias as last row iff all of them have one.
+        `site.consumers`, bias as last row iff all of them have one. The producers of a residual stream each have a bias
+        row of their own, and the consumers of each tensor a block of `weight`.
 
     Raises:
         ValueError: for a site that cannot grow, or consumers whose inputs have different sizes.
@@ -90,23 +92,32 @@ def matrices(params: Params, site: Site) -> tuple[Float[Array, "*L D C"], Float[
             f"the consumers of site `{site.name}` see it through windows of different sizes "
             f"({', '.join(f'`{k.leaf}`: {rows(k)} rows' for k in site.consumers)}): they have no common input matrix"
         )
-    with_bias = consumers_have_bias(site)
-    blocks = [_matrix(leaves, kernel, with_bias) for kernel in site.consumers]
-    fans_in = [kernel.layout.to_matrix(leaves[kernel.leaf]) for kernel in site.producers]
-    biases = [k.bias.to_matrix(leaves[k.bias.leaf]) for k in site.producers if k.bias is not None]
-    if biases:
-        fans_in.append(sum(biases[1:], biases[0]))
-    return jnp.concatenate(fans_in, axis=-2), jnp.concatenate(blocks, axis=-1)
+    fans_in = [_fan_in_matrix(leaves, group) for group in writers(site)]
+    blocks = []
+    for group in readers(site):
+        with_bias = have_bias(group)
+        blocks.append(jnp.concatenate([_matrix(leaves, kernel, with_bias) for kernel in group], axis=-1))
+    return jnp.concatenate(fans_in, axis=-2), block_diagonal(blocks)
+
+
+def writers(site: Site) -> list[tuple[Kernel, ...]]:
+    """The producers whose products are added in one place, with one bias: each alone in a residual stream."""
+    return [site.producers] if site.stream is None else [(kernel,) for kernel in site.producers]
 
 
 def producers_have_bias(site: Site) -> bool:
-    """Whether a neuron's fan-in ends with a bias."""
-    return any(kernel.bias is not None for kernel in site.producers)
+    """Whether a neuron's fan-in ends with a bias: in a residual stream every writer's part does for itself."""
+    return site.stream is None and any(kernel.bias is not None for kernel in site.producers)
 
 
 def num_inputs(site: Site) -> int:
-    """Length of a neuron's fan-in, the bias counted."""
-    return sum(rows(kernel) for kernel in site.producers) + producers_have_bias(site)
+    """Length of a neuron's fan-in, biases counted."""
+    return sum(fan_in_size(group) for group in writers(site))
+
+
+def fan_in_size(group: Sequence[Kernel]) -> int:
+    """Length of the fan-in of producers whose products are added in one place, their bias counted."""
+    return sum(rows(kernel) for kernel in group) + any(kernel.bias is not None for kernel in group)
 
 
 def recurrent_leaves(site: Site) -> frozenset[str]:
@@ -114,9 +125,35 @@ def recurrent_leaves(site: Site) -> frozenset[str]:
     return frozenset(k.leaf for k in site.producers) & frozenset(k.leaf for k in site.consumers)
 
 
+def readers(site: Site) -> list[tuple[Kernel, ...]]:
+    """The consumers that read the same tensor, tensor by tensor: all of them but for a residual stream."""
+    sizes = (len(site.consumers),) if site.stream is None else site.stream.readers
+    ends = list(itertools.accumulate(sizes))
+    return [site.consumers[end - size : end] for size, end in zip(sizes, ends)]
+
+
+def have_bias(group: Sequence[Kernel]) -> bool:
+    """Whether the matrix of consumers that read one tensor has a bias row: all of them must have a bias."""
+    return all(kernel.bias is not None for kernel in group)
+
+
 def consumers_have_bias(site: Site) -> bool:
-    """Whether the consumers' matrix has a bias row: all of them must have one."""
-    return all(kernel.bias is not None for kernel in site.consumers)
+    """Whether the last row of the consumers' matrix is their bias: a residual stream has a row for each tensor read."""
+    return site.stream is None and have_bias(site.consumers)
+
+
+def block_diagonal(blocks: Sequence[Array]) -> Array:
+    """Matrices `(..., h, m)` along the diagonal of one, zeros elsewhere."""
+    if len(blocks) == 1:
+        return blocks[0]
+    below, beside = (sum(block.shape[axis] for block in blocks) for axis in (-2, -1))
+    found = jnp.zeros((*blocks[0].shape[:-2], below, beside), jnp.result_type(*blocks))
+    row = col = 0
+    for block in blocks:
+        height, breadth = block.shape[-2:]
+        found = found.at[..., row : row + height, col : col + breadth].set(block)
+        row, col = row + height, col + breadth
+    return found
 
 
 def rows(kernel: Kernel) -> int:
@@ -211,6 +248,15 @@ def require_concrete(params: Params, what: str) -> None:
     """Raises a ValueError when called while tracing: shapes cannot depend on traced values."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"{what} depends on which slots are free: call it on concrete arrays, outside `jit`")
+
+
+def _fan_in_matrix(leaves: Mapping[str, Array], group: Sequence[Kernel]) -> Array:
+    """Producers one below the other, the sum of their biases as last row iff there is one."""
+    fans_in = [kernel.layout.to_matrix(leaves[kernel.leaf]) for kernel in group]
+    biases = [k.bias.to_matrix(leaves[k.bias.leaf]) for k in group if k.bias is not None]
+    if biases:
+        fans_in.append(sum(biases[1:], biases[0]))
+    return jnp.concatenate(fans_in, axis=-2)
 
 
 def _matrix(leaves: Mapping[str, Array], kernel: Kernel, with_bias: bool) -> Array:

@@ -31,6 +31,7 @@ _SUMS = (
     "null",
     "offset_gram",
     "third_moments",
+    "grams",
 )
 
 
@@ -115,6 +116,11 @@ class Statistics:
             they were not asked for.
         third_outputs: (R, Q) the orthonormal w_r: the directions in which the residual is largest.
         curvature: sigma''(0) of the activation, as `tinyjax.parity` measures it; 0 without third moments.
+        grams: (2, R, D, D) for a residual stream with R readers the S of each, of which `gram_prev` is the sum and a
+            bound; None elsewhere. D then counts the inputs of all writers one below the other, each with the constant
+            if it has a bias, and H the inputs of all readers: `gram`, `cross` and `weight` are block-diagonal.
+        reads: (R, Q) 1 where an output belongs to the reader, else 0; None elsewhere.
+        normed: whether a norm sees what a new neuron writes, so that only a fan-in of zero changes nothing.
     """
 
     count: Array
@@ -143,6 +149,9 @@ class Statistics:
     third_moments: Array | None = None
     third_outputs: Array | None = None
     curvature: float = dataclasses.field(default=0.0, metadata={"static": True})
+    grams: Array | None = None
+    reads: Array | None = None
+    normed: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class Moments(NamedTuple):
@@ -165,6 +174,8 @@ class Moments(NamedTuple):
     other: Array | None = None
     gram_out: Array | None = None
     third_moments: Array | None = None
+    grams: Array | None = None
+    reads: Array | None = None
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
@@ -310,4 +321,4 @@ def _divide(statistics: Statistics, select: Callable[[Array], Array]) -> Moments
     count = select(statistics.count)
     count = jnp.where(count > 0, count, 1)  # no samples: the sums are zeros, and so are the means
     sums = {name: getattr(statistics, name) for name in _SUMS if name != "count"}
-    return Moments(**jax.tree.map(lambda x: select(x) / count, sums))
+    return Moments(**jax.tree.map(lambda x: select(x) / count, sums), reads=statistics.reads)

@@ -25,6 +25,7 @@ from tinyjax.statistics import Null, Pattern, Statistics
 from tinyjax.tangent import carry
 from tinyjax.trace import Trace
 from tinyjax.uses import Use
+from tinyjax.writers import brought, side_by_side
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -55,11 +56,13 @@ class Rows(NamedTuple):
 
 def capture_paths(traced: Trace, params: Params, batch: Any, paths: Sequence[Path]) -> Captured:
     """What the rows of all these paths need, in one forward and one backward pass."""
-    producers = [path.producer for path in paths] + [path.gate for path in paths if path.gate is not None]
+    producers = [path.producer for path in paths if not path.branches]
+    producers += [path.gate for path in paths if path.gate is not None]
     heads = [path.head for path in paths if path.head is not None]
     producers += [path.pair.projected for path in paths if path.pair is not None]
     producers += [term for path in paths if path.cell is not None for term in path.cell.terms.values()]
     producers += [use for head in heads for use in (head.query, head.pair.projected)]
+    producers += [branch.use for path in paths for branch in path.branches if branch.rows is None]
     consumers = [consumer for path in paths for consumer in path.consumers]
     return capture(
         traced,
@@ -159,6 +162,10 @@ def site_sums(
     shares = _shares(site, paths)
     options = num_samples, energy_matrix, signs, offset_gram, gates, update, shares
     parts = [_path_sums(site, path, captured, *options) for path in paths]
+    grams, reads = None, None
+    if site.stream is not None:
+        total, grams, reads = side_by_side(parts)
+        parts = [total]
     if len(parts) > 1 and any(part.link is None for part in parts):
         raise ValueError(f"site `{site.name}` is too wide for a kernel that is used {len(parts)} times")
     total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
@@ -178,6 +185,9 @@ def site_sums(
         gates=gates,
         heads=heads_of(site),
         shares=shares,
+        grams=grams,
+        reads=reads,
+        normed=site.stream is not None and site.stream.normed,
     )
 
 
@@ -196,6 +206,8 @@ def _path_sums(
     """The sums of one path: rows with rows, or images through their windows."""
     if path.pair is not None:
         return _pair_sums(site, path, path.pair, captured, num_samples)
+    if path.branches:
+        return _reader_sums(path, captured, num_samples, energy_matrix, signs, offset_gram)
     x, h, v, weight, gating = path_rows(site, path, captured, num_samples)
     bias_prev, bias = producers_have_bias(site), consumers_have_bias(site)
     if path.tangent is not None:
@@ -293,6 +305,26 @@ def _pair_sums(site: Site, path: Path, pair: Pair, captured: Captured, num_sampl
     if len(site.stack) > depth:
         return sums
     return jax.tree.map(lambda x: jnp.squeeze(x, depth), sums)  # one key for all heads: no layers
+
+
+def _reader_sums(
+    path: Path, captured: Captured, num_samples: int, energy_matrix: bool, signs: Array | None, offset_gram: bool
+) -> Sums:
+    """The sums of the readers of one tensor of a residual stream."""
+    first = path.consumers[0]
+    h = _matrix(first.inputs, captured.inputs[first.op.path])
+    goals = [_matrix(c.outputs, captured.gradients[c.op.path]) for c in path.consumers]
+    return row_sums(
+        brought(path.branches, captured, len(h), h.dtype),
+        h,
+        -num_samples * jnp.concatenate(goals, axis=-1),
+        num_samples,
+        bias_prev=False,
+        bias=all(c.bias is not None for c in path.consumers),
+        energy_matrix=energy_matrix,
+        signs=signs,
+        offset_gram=offset_gram,
+    )
 
 
 def heads_of(site: Site) -> int | None:

@@ -36,6 +36,7 @@ class Tangent(NamedTuple):
     Attributes:
         ops: the operations on the way, in order.
         taps: for every operation that multiplies by a tensor from outside, by address, which operand that is.
+        factors: for every operand that is a tapped tensor times a scale, which is 1 for a newborn, where it is tapped.
         scalars: for every other operand from outside, the number it holds everywhere.
         empty: what an empty slot holds, for every value on the way.
         producer: the product, its columns being heads and slots.
@@ -46,6 +47,7 @@ class Tangent(NamedTuple):
 
     ops: tuple[Op, ...]
     taps: Mapping[Address, int]
+    factors: Mapping[Value, Address]
     scalars: Mapping[Value, Any]
     empty: Mapping[Value, Any]
     producer: Use
@@ -113,6 +115,7 @@ def slot_path(
     ops = _between(graph, flow, producer.op, read)
     taps: dict[Address, int] = {}
     scalars: dict[Value, Any] = {}
+    factors: dict[Value, Address] = {}
     for op in ops:
         _require_slotwise(axes, flow, producer.op, op, kept)
         if op.name in _SUMS:
@@ -121,9 +124,14 @@ def slot_path(
             if value in flow.mixing:
                 continue
             scalar = wiring.scalar(value)
-            if scalar is not None:
-                scalars[value] = scalar
+            if scalar is not None or (op.name in ("mul", "div") and flow.is_vector(value)):
+                scalars[value] = 1 if scalar is None else scalar  # the scale of a newborn is 1
                 continue
+            if op.name == "mul" and (scaled := flow.factored(value)) is not None:
+                inner, operand = scaled
+                if not inner.inside and same_along(axes, wiring, inner.ins[operand], dimension):
+                    taps[inner.path], factors[value] = operand, inner.path
+                    continue
             if op.path in taps or op.inside or op in kernels or not same_along(axes, wiring, value, dimension):
                 why = f"its rows are mixed by `{op.name}` in a way that cannot be followed"
                 raise Unaligned(flow.mixing[op.outs[0]] or why)
@@ -132,7 +140,7 @@ def slot_path(
         f for f, a in enumerate(producer.output_atoms) if f in producer.outputs.cols and a and root(a) is dimension
     )
     empty = {v: flow.empty[v] for op in ops for v in op.ins if v in flow.mixing}
-    return Tangent(tuple(ops), taps, scalars, empty, producer, slot, read, layout)
+    return Tangent(tuple(ops), taps, factors, scalars, empty, producer, slot, read, layout)
 
 
 def carry(tangent: Tangent, x: Array, recorded: Mapping[Address, Array]) -> Array:
@@ -176,6 +184,9 @@ def _derivative(tangent: Tangent, op: Op, carried: Mapping[Value, Array], record
     values: list[Any] = [jnp.full(v.shape, tangent.scalars.get(v, 0), v.dtype) for v in op.ins]
     if op.path in tangent.taps:
         values[tangent.taps[op.path]] = recorded[op.path]
+    for i, v in enumerate(op.ins):
+        if v in tangent.factors:
+            values[i] = jnp.broadcast_to(recorded[tangent.factors[v]], v.shape)
 
     def run(*operands: Array) -> Array:
         (out,) = evaluate(eqn, [*_replaced(values, moving, operands)])

@@ -101,6 +101,19 @@ def leaf_layout(axes: Axes, leaf: Value, name: str, depth: int, rows: Axis = (),
     return Layout(name, sizes, numbers, None, stack, (*rest, *row_factors), col_factors)
 
 
+def aligned(use: Use, order: Sequence[Atom]) -> Use:
+    """The same use with its rows in the order of the given dimensions; scans and axes of length one come last."""
+    position = {root(atom): i for i, atom in reversed(list(enumerate(order)))}
+    ranks = [len(order) if atom is None else position[root(atom)] for atom in use.rows]
+    by_rank = sorted(range(len(ranks)), key=ranks.__getitem__)
+    rows = tuple(use.rows[i] for i in by_rank)
+    layouts = (
+        dataclasses.replace(layout, rows=tuple(layout.rows[i] for i in by_rank)) for layout in (use.inputs, use.outputs)
+    )
+    inputs, outputs = layouts
+    return dataclasses.replace(use, rows=rows, inputs=inputs, outputs=outputs)
+
+
 def _use(graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...], op: Op, k: int) -> Use:
     leaf, depth = wiring.views[op.ins[k]]
     trouble = f"`{names[leaf]}` is used inside `{op.inside[-1]}`, which cannot be probed" if op.inside else ""

@@ -38,6 +38,12 @@ class Wiring:
                 leaf, depth = self.views[op.ins[0]]
                 self.views[op.outs[0]] = View(leaf, depth + (op.name == "scan_in"))
 
+    def origin(self, value: Value) -> Value:
+        """The tensor that a value is a view of."""
+        while (op := self.made_by.get(value)) is not None and is_view(op) and op.name != "scan_in":
+            value = op.ins[0]
+        return value
+
     def scalar(self, value: Value) -> Any:
         """The number that a value broadcasts, or None."""
         while value.const is None:

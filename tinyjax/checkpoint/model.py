@@ -10,7 +10,7 @@ import numpy as np
 
 from tinyjax.checkpoint.packing import Leaf
 from tinyjax.layout import Layout, Params, named_leaves
-from tinyjax.site import Kernel, Member, Norm, Site, Sites
+from tinyjax.site import Kernel, Member, Norm, Site, Sites, Stream
 
 Json = Any
 
@@ -32,6 +32,7 @@ def site_from_json(node: Json) -> Site:
             norm=None if node["norm"] is None else Norm(**node["norm"]),
             gate=None if node["gate"] is None else _kernel(node["gate"]),
             pattern=tuple(map(_kernel, node["pattern"])),
+            stream=None if node["stream"] is None else _stream(node["stream"]),
         )
     )
 
@@ -39,6 +40,11 @@ def site_from_json(node: Json) -> Site:
 def _kernel(node: Json) -> Kernel:
     bias = None if node["bias"] is None else _layout(node["bias"])
     return Kernel(**node | dict(layout=_layout(node["layout"]), bias=bias))
+
+
+def _stream(node: Json) -> Stream:
+    powers = tuple((leaf, power) for leaf, power in node["powers"])
+    return Stream(tuple(node["readers"]), node["normed"], powers)
 
 
 def _layout(node: Json) -> Layout:

@@ -15,6 +15,7 @@ from tinyjax.linalg import Factor, factor
 from tinyjax.methods.gated import gate_by_gate
 from tinyjax.methods.heads import over_heads
 from tinyjax.methods.metric import in_outputs, orthonormal
+from tinyjax.methods.readers import born_read
 from tinyjax.statistics import Moments, Statistics
 
 Method = Callable[..., "Neurons"]
@@ -76,6 +77,8 @@ def traits(
                 return in_outputs(one(plain, num_neurons=num_neurons, key=key), basis)
             if statistics.heads is not None:
                 return over_heads(one, statistics, num_neurons=require_count(num_neurons), key=key)
+            if statistics.normed and function_preserving:
+                return born_read(statistics, one(statistics, num_neurons=num_neurons, key=key))
             if statistics.gates is None:
                 return one(statistics, num_neurons=num_neurons, key=key)
             return gate_by_gate(one, statistics, num_neurons=require_count(num_neurons), key=key)
@@ -135,6 +138,15 @@ def require_count(num_neurons: int) -> int:
     if not isinstance(num_neurons, int) or num_neurons < 1:
         raise ValueError(f"`num_neurons` must be an int >= 1 known at trace time, got {num_neurons!r}")
     return num_neurons
+
+
+def require_no_stream(statistics: Statistics, method: str) -> None:
+    """Raises a ValueError for a residual stream: a method that reads the consumers' weights as one matrix."""
+    if statistics.grams is not None:
+        raise ValueError(
+            f"`{method}` reads one fan-out a neuron, and every reader of a residual stream has its own: pass `tiny`, "
+            "`tiny0` or `gradmax`"
+        )
 
 
 def live_inputs(moments: Moments) -> Array:

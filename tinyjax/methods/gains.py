@@ -11,6 +11,7 @@ from tinyjax.linalg import inner, matmul, solve
 from tinyjax.methods.base import Neurons, input_root
 from tinyjax.methods.gated import own_blocks
 from tinyjax.methods.heads import best_fan_out, omega_of_heads, one_head, product
+from tinyjax.methods.readers import readers_fan_in, readers_fan_out, readers_square
 from tinyjax.methods.ridge import held_out
 from tinyjax.methods.update import Ridge, residual_cross, resolve
 from tinyjax.statistics import Moments, Statistics, half, keep_half, moments
@@ -44,6 +45,9 @@ def effect(moments: Moments, neurons: Neurons, delta: Array | None = None) -> Ef
     For a convolution S is a bound (eq. 71): put the squares of `tinyjax.moves` in its place.
     """
     cross = moments.cross_prev if delta is None else residual_cross(moments, delta)
+    if moments.grams is not None and moments.reads is not None:
+        slope = inner(matmul(neurons.alpha.T, cross), neurons.omega)
+        return Effect(slope, readers_square(moments.grams, moments.reads, neurons.alpha, neurons.omega))
     if neurons.alpha.ndim == 2:  # D^2 k operations instead of D^2 Q
         square = matmul(neurons.alpha.T, matmul(moments.gram_prev, neurons.alpha))
         slope = inner(matmul(neurons.alpha.T, cross), neurons.omega)
@@ -147,6 +151,9 @@ def refit_fan_out(statistics: Statistics, neurons: Neurons, delta: Array | None 
     """Neurons with omega = (A' S A)^+ A' N where omega was zero everywhere; others as they are."""
     mean = moments(statistics)
     cross = mean.cross_prev if delta is None else residual_cross(mean, delta)
+    if mean.grams is not None and mean.reads is not None:
+        best = readers_fan_out(mean.grams, mean.reads, cross, neurons.alpha)
+        return neurons._replace(omega=jnp.where(jnp.any(neurons.omega != 0), neurons.omega, best))
     # with a ridge: the neurons may be more than the rank
     best = best_fan_out(neurons.alpha, mean.gram_prev, cross, lambda gram, cross: solve(gram, cross, 1e-6))
     return neurons._replace(omega=jnp.where(jnp.any(neurons.omega != 0), neurons.omega, best))
@@ -174,6 +181,8 @@ def refit_fan_in(
     omega = neurons.omega
 
     def best() -> Array:
+        if mean.grams is not None and mean.reads is not None:
+            return readers_fan_in(mean.grams, mean.reads, cross, omega, resolve(ridge, statistics))
         root = input_root(mean, resolve(ridge, statistics))
         reached = root.unwhiten(root.whiten(matmul(cross, omega.T)))
         alpha = solve(matmul(omega, omega.T), reached.T).T

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import Factor, factor, matmul, relative_cutoff
-from tinyjax.methods.base import input_root
+from tinyjax.methods.base import input_root, require_no_stream
 from tinyjax.methods.metric import orthonormal
 from tinyjax.methods.ridge import held_out
 from tinyjax.methods.tiny import ridge_of_update
@@ -102,6 +102,7 @@ def rank_trigger(statistics: Statistics, *, threshold: float = 0.97, cutoff: flo
 
     Reference: Maile et al., When, where, and how to add new neurons to ANNs, 2022, section 3.
     """
+    require_no_stream(statistics, "rank_trigger")
     slots = statistics.weight_prev.shape[1]
     gram = moments(statistics).gram
     rows = len(gram) - statistics.bias

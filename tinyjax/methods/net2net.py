@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.methods.base import Neurons, require_count, require_key, traits
+from tinyjax.methods.base import Neurons, require_count, require_key, require_no_stream, traits
 from tinyjax.statistics import Statistics
 
 
@@ -35,6 +35,7 @@ def net2net(statistics: Statistics, *, num_neurons: int, key: Array | None = Non
     Reference: Chen et al., Net2Net, ICLR 2016, section 2.3.
     """
     key, num_neurons = require_key(key, "net2net"), require_count(num_neurons)
+    require_no_stream(statistics, "net2net")
     weight_prev, weight = statistics.weight_prev, statistics.weight
     slots, outputs = weight_prev.shape[1], weight.shape[1]
     rows = len(weight) - statistics.bias

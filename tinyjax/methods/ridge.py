@@ -130,6 +130,8 @@ def choose_for_inputs(statistics: Statistics, crosses: Callable[[Moments, Moment
         crosses: (means of the half to fit on, means of the half to score on) -> the linear form of either, (D, Q).
     """
     spectra = statistics.spectra
+    if statistics.grams is not None:
+        return _choose_for_readers(statistics, crosses)
     if spectra is None:
 
         def fold(a: Moments, b: Moments) -> Fold:
@@ -149,6 +151,20 @@ def choose_for_inputs(statistics: Statistics, crosses: Callable[[Moments, Moment
         return 2 * inner(linear, w) - inner(w, matmul(quadratic, w[:, :, None])[:, :, 0])
 
     return climb(statistics, score_at)
+
+
+def _choose_for_readers(statistics: Statistics, crosses: Callable[[Moments, Moments], tuple[Array, Array]]) -> Array:
+    """`choose_for_inputs` where every reader of a stream has an S of its own: their scores add."""
+
+    def folds_of(a: Moments, b: Moments) -> Fold:
+        cross, cross_test = crosses(a, b)
+        assert a.grams is not None and b.grams is not None and a.reads is not None
+        mine = a.reads[:, None]
+        diagonal = jnp.diagonal(a.grams, axis1=-2, axis2=-1)
+        return Fold(a.grams, mine * cross, diagonal, b.grams, mine * cross_test)
+
+    folds = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), both_ways(statistics, folds_of))
+    return climb(statistics, lambda ridge: jnp.sum(jax.lax.map(lambda one: one.score(ridge), folds)))
 
 
 def both_ways(statistics: Statistics, function: Callable[[Moments, Moments], T]) -> T:

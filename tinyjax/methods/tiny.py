@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.methods.base import Neurons, input_root, only_live, traits
+from tinyjax.methods.base import Neurons, input_root, only_live, require_count, traits
 from tinyjax.methods.best import best
+from tinyjax.methods.readers import alternate
 from tinyjax.methods.ridge import held_out, held_out_update
 from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
 from tinyjax.statistics import Statistics, moments
@@ -27,7 +28,8 @@ def tiny(
         alpha_k = sqrt(lambda_k) S^(-1/2) u_k,      omega_k = sqrt(lambda_k) w_k.
 
     The k-th neuron lowers psi by lambda_k^2 when `ridge` is 0. The first-order descent is guaranteed for the neurons
-    together with the best update at the same amplitude, not for the neurons alone.
+    together with the best update at the same amplitude, not for the neurons alone. Every reader of a residual stream
+    has an S of its own: its neurons are found by alternating least squares, one after the other (`methods.readers`).
 
     Args:
         statistics: sums at the current parameters.
@@ -52,8 +54,13 @@ def tiny(
     """
     mean = moments(statistics)
     cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
+    floor = jnp.sqrt(mean.energy)
+    if mean.grams is not None and mean.reads is not None:
+        price, count = resolve(ridge, statistics), require_count(num_neurons)
+        found = alternate(mean.grams, mean.reads, cross, num_neurons=count, ridge=price, floor=floor)
+        return only_live(mean, Neurons(*found))
     root = input_root(mean, resolve(ridge, statistics))
-    return only_live(mean, best(root, cross, num_neurons=num_neurons, floor=jnp.sqrt(mean.energy)))
+    return only_live(mean, best(root, cross, num_neurons=num_neurons, floor=floor))
 
 
 def ridge_of_update(ridge: Ridge, update_ridge: Ridge | None) -> Ridge:

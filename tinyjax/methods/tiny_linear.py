@@ -7,7 +7,7 @@ neurons is outside of both: of S^(-1/2) N~, the part beyond the span of S^(1/2) 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.methods.base import Neurons, input_root, only_live, traits
+from tinyjax.methods.base import Neurons, input_root, only_live, require_no_stream, traits
 from tinyjax.methods.best import best, beyond
 from tinyjax.methods.ridge import held_out
 from tinyjax.methods.tiny import ridge_of_update
@@ -45,6 +45,7 @@ def tiny_linear(
         >>> methods.tiny_linear(statistics, num_neurons=2).alpha.shape
         (5, 2)
     """
+    require_no_stream(statistics, "tiny_linear")
     mean = moments(statistics)
     outputs = mean.cross.shape[1]
     if mean.cross_prev.shape[1] != outputs:

@@ -55,7 +55,8 @@ def prune(
         The parameters, and which slots were emptied, `(capacity,)` booleans.
 
     Raises:
-        ValueError: for a site that cannot grow, `num_neurons` outside 0 .. capacity, or a Gram matrix of another size.
+        ValueError: for a site that cannot grow or a residual stream, `num_neurons` outside 0 .. capacity, or a Gram
+            matrix of another size.
 
     Example:
         >>> params, removed = tinyjax.prune(params, site, statistics, num_neurons=1)
@@ -63,6 +64,10 @@ def prune(
         (3, 1)
     """
     require_growable(site)
+    if site.stream is not None:
+        raise ValueError(
+            f"site `{site.name}` is a residual stream: pruning sees one reader, `thin` or empty it instead"
+        )
     if not 0 <= num_neurons <= site.capacity:
         raise ValueError(f"`num_neurons` {num_neurons} of site `{site.name}` is outside 0 .. {site.capacity}")
     _, weight = matrices(params, site)

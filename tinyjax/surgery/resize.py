@@ -59,8 +59,10 @@ def resize(
     move to the front when they would be cut otherwise. Slots keep their order.
 
     Attention that scales its scores by the root of the query-key dimension would change with the capacity: queries are
-    multiplied by the root of new / old. A factor that happens to be capacity^(-1/2) is taken to follow it. Optimizer
-    states are not rescaled.
+    multiplied by the root of new / old. A factor that happens to be capacity^(-1/2) is taken to follow it. A
+    root-mean-square norm on a residual stream divides by the capacity: what is written to the stream is multiplied by
+    the root of new / old, so that the mean square and the norm's epsilon keep their ratio, and the norm's scale (a
+    reader's kernel, where there is none) is divided by it. Optimizer states are not rescaled.
 
     Args:
         params: the parameters the sites were found in.
@@ -113,7 +115,7 @@ def resize(
 
 
 def _rescaled(tree: Any, sites: Sites, capacities: Mapping[str, int]) -> Any:
-    """The tree with queries multiplied by what the model's own scale of the scores loses at another capacity."""
+    """The tree with leaves multiplied by what the model loses that divides by the capacity: attention, norms."""
     factors = {}
     for name, capacity in capacities.items():
         site = sites[name]
@@ -121,7 +123,9 @@ def _rescaled(tree: Any, sites: Sites, capacities: Mapping[str, int]) -> Any:
             (query,) = site.producers
             for layout in (query.layout, query.bias):
                 if layout is not None:
-                    factors[layout.leaf] = (capacity / site.capacity) ** site.power
+                    factors[layout.leaf] = factors.get(layout.leaf, 1.0) * (capacity / site.capacity) ** site.power
+        for leaf, power in () if site.stream is None else site.stream.powers:
+            factors[leaf] = factors.get(leaf, 1.0) * (capacity / site.capacity) ** power
     if not factors:
         return tree
     leaves = named_leaves(tree)

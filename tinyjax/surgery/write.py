@@ -17,15 +17,18 @@ from tinyjax.site import Kernel, Site, Sites, as_sites
 from tinyjax.slots import (
     NEUTRAL,
     cols,
-    consumers_have_bias,
+    fan_in_size,
     free_slots,
     gates,
+    have_bias,
     num_inputs,
     per_site,
+    readers,
     recurrent_leaves,
     require_growable,
     rows,
     site_leaves,
+    writers,
 )
 from tinyjax.surgery.heads import whole_heads
 
@@ -110,7 +113,9 @@ def write(
 ) -> tuple[Params, Bool[Array, " capacity"]]:
     r"""Writes neuron k into the k-th free slot and updates the consumers: $a \to a + \gamma (V(\theta) + V(\delta))$.
 
-    Fan-in and fan-out are scaled by $\sqrt\gamma$ each, `delta` by $\gamma$ (section 3.2), gates by nothing. Used slots
+    Fan-in and fan-out are scaled by $\sqrt\gamma$ each, `delta` by $\gamma$ (section 3.2), gates by nothing; where a
+    norm sees what a neuron of a residual stream writes, the fan-in is scaled by $\gamma$ and the fan-out not (at
+    $\gamma$ = 0 it is zero too). Used slots
     are never overwritten: with too few free slots only the first neurons are written. A neuron whose (scaled) fan-in
     and fan-out are both zero writes nothing and its slot stays free. `delta` reaches the rows of slots that were in
     use, and the biases. Dtypes are kept; everything may be traced.
@@ -159,7 +164,11 @@ def write(
     fan_out = _among_used(site, fan_out, ~free, site.consumers, -1).astype(leaves[site.consumers[0].leaf].dtype)
     written &= _nonzero(fan_in, -1) | _nonzero(fan_out, -2)
 
-    leaves |= _fanned_in(leaves, site.producers, fan_in, written)
+    first = 0
+    for group in writers(site):
+        size = fan_in_size(group)
+        leaves |= _fanned_in(leaves, group, fan_in[..., first : first + size, :], written)
+        first += size
     for kernel, gate in zip(gates(site), neurons.gate if site.pattern else (neurons.gate,)):
         mine = jnp.take(gate, index, axis=-1, mode="clip").astype(leaves[kernel.leaf].dtype)
         leaves |= _fanned_in(leaves, [kernel], mine, written)
@@ -203,11 +212,15 @@ def _updated(
 ) -> dict[str, Array]:
     """The consumers' leaves with `amplitude * delta` added to the rows of used slots and to the biases."""
     new: dict[str, Array] = {}
-    first = 0
-    for kernel in site.consumers:
-        update = jnp.asarray(amplitude, delta.dtype) * delta[..., first : first + cols(kernel)]
-        new |= _add(leaves, kernel, update, used, consumers_have_bias(site))
-        first += cols(kernel)
+    row = col = 0
+    for group in readers(site):
+        with_bias = have_bias(group)
+        height = rows(group[0]) + with_bias
+        for kernel in group:
+            update = jnp.asarray(amplitude, delta.dtype) * delta[..., row : row + height, col : col + cols(kernel)]
+            new |= _add(leaves, kernel, update, used, with_bias)
+            col += cols(kernel)
+        row += height
     return new
 
 
@@ -246,11 +259,19 @@ def _among_used(site: Site, fan: Array, used: Array, kernels: Sequence[Kernel], 
 
 def _in_slots(site: Site, neurons: NewNeurons, index: Array, amplitude: Array) -> tuple[Array, Array]:
     """Scaled fan-in `(*stack, D, C)` and fan-out `(*stack, C, Q)` by slot, `index` being the neuron of each slot."""
-    root, alpha = jnp.sqrt(amplitude), neurons.alpha
+    into, out_of, alpha = *shares(site, amplitude), neurons.alpha
     if site.gate is not None:  # every neuron reads through its own block alone
         alpha = jnp.sum(alpha.reshape(*alpha.shape[:-2], -1, num_inputs(site), alpha.shape[-1]), axis=-3)
-    fan_in = jnp.take(root * alpha, index, axis=-1, mode="clip")
-    return fan_in, jnp.take(root.astype(neurons.omega.dtype) * neurons.omega, index, axis=-2, mode="clip")
+    fan_in = jnp.take(into * alpha, index, axis=-1, mode="clip")
+    return fan_in, jnp.take(out_of.astype(neurons.omega.dtype) * neurons.omega, index, axis=-2, mode="clip")
+
+
+def shares(site: Site, amplitude: Array) -> tuple[Array, Array]:
+    """What fan-in and fan-out are multiplied by."""
+    if site.stream is not None and site.stream.normed:
+        return amplitude, (amplitude > 0).astype(amplitude.dtype)
+    root = jnp.sqrt(amplitude)
+    return root, root
 
 
 def _nonzero(x: Array, slot_axis: int) -> Array:
@@ -326,8 +347,8 @@ def _birth_values(
 
 
 def _update_shape(site: Site) -> tuple[int, ...]:
-    hidden = {rows(kernel) + consumers_have_bias(site) for kernel in site.consumers}
-    return (*site.stack, *hidden, sum(cols(kernel) for kernel in site.consumers))
+    hidden = sum(rows(group[0]) + have_bias(group) for group in readers(site))
+    return (*site.stack, hidden, sum(cols(kernel) for kernel in site.consumers))
 
 
 def lead(producer: Kernel) -> tuple[int, ...]:
