@@ -100,8 +100,8 @@ class Site:
         growable: whether neurons can be added here.
         reason: why not, in words; empty when growable.
         members: every leaf the dimension runs through.
-        producers: kernels whose output is the dimension.
-        consumers: kernels that contract it.
+        producers: kernels whose output is the dimension; of recurrent units several, whose products are added.
+        consumers: kernels that contract it; a recurrent kernel is among both.
         stack: lengths of the enclosing scans over layers, outermost first; () for an ordinary site.
         norm: a batch normalisation on the way to the consumers, or None.
         power: of a query-key dimension whose scores the model multiplies by capacity^-power: `resize` makes up for it.

@@ -117,8 +117,9 @@ def write(
     norm sees what a neuron of a residual stream writes, the fan-in is scaled by $\gamma$ and the fan-out not (at
     $\gamma$ = 0 it is zero too). Used slots
     are never overwritten: with too few free slots only the first neurons are written. A neuron whose (scaled) fan-in
-    and fan-out are both zero writes nothing and its slot stays free. `delta` reaches the rows of slots that were in
-    use, and the biases. Dtypes are kept; everything may be traced.
+    and fan-out are both zero writes nothing and its slot stays free. In a recurrent kernel, newborns have no weights to
+    each other. `delta` reaches the rows of slots that were in use, and the biases. Dtypes are kept; everything may be
+    traced.
 
     Args:
         params: the parameters the site was found in.
