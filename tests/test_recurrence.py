@@ -9,6 +9,7 @@ import optax
 import oracles
 import pytest
 from brute import QUICK, inspect
+from killed_run import digits
 from zoo import Model, data, draw
 from zoo_recurrent import RECURRENT
 
@@ -36,6 +37,22 @@ def test_slope_silence_and_gradient_identity(name):
     for report in inspect(RECURRENT[name]()).values():
         assert report.silent_out == report.silent_in == report.untouched == report.dust == 0, report
         assert report.slope < 1e-6 and report.identity < 1e-12, report
+
+
+def adam(loss_fn, batch, *, rate, steps):
+    """From parameters to what Adam makes of them on a batch."""
+    optimizer = optax.adam(rate)
+
+    @jax.jit
+    def train(params, batch):
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss_fn)(params, batch), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), None, length=steps)[0][0]
+
+    return lambda params: train(params, batch)
 
 
 # The sums, lag by lag
@@ -69,6 +86,8 @@ def test_statistics_against_a_loop_over_time(name):
     )
     batch = model.batch | ({"x": model.batch["x"][:, ::-1]} if "backwards" in name else {})
     rows = through_time(model.params, batch, name != "scan_last_carry")
+    mixed = model.batch | {"x": model.batch["x"].astype(jnp.float32)}
+    assert jax.eval_shape(partial(tinyjax.estimate, model.loss_fn, sites=site), model.params, mixed).gram.dtype == float
     for half in (0, 1):
         b, h, v = (x[half::2].reshape(-1, x.shape[-1]) for x in rows)
         energy = np.sum(v**2 / np.array(found.shares))
@@ -154,17 +173,7 @@ def test_a_unit_is_born_without_weights_to_free_slots_and_other_newborns(case):
 
 def test_training_with_free_slots_is_training_without(case):
     loss_fn, params, batch, sites = case
-    optimizer = optax.adamw(1e-2)
-
-    @partial(jax.jit, compiler_options=QUICK)
-    def train(params):
-        def step(carry, _):
-            params, state = carry
-            updates, state = optimizer.update(jax.grad(loss_fn)(params, batch), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, optimizer.init(params)), None, length=20)[0][0]
-
+    train = adam(loss_fn, batch, rate=1e-2, steps=20)
     wide, wide_sites = tinyjax.resize(params, sites, {"w": 6})
     padded, exact = train(wide), train(tinyjax.compact(params, sites)[0])
     for a, b in zip(*(jax.tree.leaves(tree) for tree in (tinyjax.compact(padded, wide_sites)[0], exact))):
@@ -231,6 +240,32 @@ def test_a_growth_keeps_free_slots_free_and_lowers_the_loss(case):
 
 
 @pytest.mark.slow
+def test_digits_read_row_by_row():
+    """Classified by the last of eight states: units of TINY lower the loss of unseen digits, random ones hardly."""
+    samples = digits()
+    arrays = {"x": samples.image[..., 0] - 0.5, "y": samples.label}
+    fresh, unseen = ({k: jnp.asarray(x[part]) for k, x in arrays.items()} for part in (slice(1024), slice(1024, None)))
+
+    def loss_fn(p, b):
+        h = jnp.zeros((len(b["x"]), len(p["u"])))
+        rows = b["x"].swapaxes(0, 1)
+        h = jax.lax.scan(lambda h, x: (jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"]), None), h, rows)[0]
+        return optax.softmax_cross_entropy_with_integer_labels(h @ p["v"] + p["c"], b["y"]).mean()
+
+    params = draw(w=(8, 12), u=(12, 12), v=(12, 10)) | dict(b=jnp.zeros(12), c=jnp.zeros(10))
+    sites = tinyjax.find_sites(loss_fn, params, fresh)
+    params = adam(loss_fn, fresh, rate=5e-3, steps=150)(tinyjax.thin(params, sites, 4))
+    after = {}
+    for method in (tinyjax.tiny, tinyjax.random0):
+        grow_step = tinyjax.make_grow_step(loss_fn, sites, method=method, num_neurons=4, fill=None)
+        grown, info = jax.jit(grow_step)(params, fresh, key=jax.random.key(1))
+        assert int(info.width["w"]) == 8
+        after[method.__name__] = float(loss_fn(grown, unseen))
+    before = float(loss_fn(params, unseen))
+    assert before - after["tiny"] > max(0.1, 3 * (before - after["random0"])), (before, after)
+
+
+@pytest.mark.slow
 def test_units_of_tiny_remember_what_random_ones_do_not():
     """Two units cannot hold an input for three steps; two born by TINY lower the loss at once, random ones do not."""
     lag = 3
@@ -243,17 +278,7 @@ def test_units_of_tiny_remember_what_random_ones_do_not():
         return jnp.mean((states @ p["v"] + p["c"] - jnp.roll(x, lag, 1))[:, lag:] ** 2)
 
     x = jax.random.normal(jax.random.key(0), (512, 8, 1))
-    optimizer = optax.adam(1e-2)
-
-    @jax.jit
-    def train(params):
-        def step(carry, _):
-            params, state = carry
-            updates, state = optimizer.update(jax.grad(loss_fn)(params, x), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, optimizer.init(params)), None, length=100)[0][0]
-
+    train = adam(loss_fn, x, rate=1e-2, steps=100)
     gains = {}
     for name in ("tiny", "random0"):
         for seed in range(3):

@@ -32,7 +32,7 @@ def cell(p: Any, h: Any, x: Any) -> Any:
 
 
 def zeros(p: Any, x: Any) -> Any:
-    return jnp.zeros((len(x), len(p["u"])), x.dtype)
+    return jnp.zeros((len(x), len(p["u"])), p["u"].dtype)
 
 
 def scanned(p: Any, x: Any, step: Callable[..., Any] = cell, **options: Any) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from tinyjax.attention import Head, collected, tokens_of
@@ -98,24 +99,26 @@ def path_rows(site: Site, path: Path, captured: Captured, num_samples: int) -> R
 def _cell_rows(site: Site, path: Path, cell: Cell, captured: Captured, num_samples: int) -> Rows:
     """The rows of the states of a recurrence that are read, in (samples, other axes, steps)."""
     terms = {leaf: _by_step(use.inputs, captured.inputs[use.op.path], cell.length) for leaf, use in cell.terms.items()}
-    one = next(iter(terms.values()))
-    num_rows, dtype = len(one), one.dtype
+    heard = [_by_step(use.inputs, captured.inputs[use.op.path], len(at)) for use, at in zip(path.consumers, cell.reads)]
+    asked = [
+        -num_samples * _by_step(use.outputs, captured.gradients[use.op.path], len(at))
+        for use, at in zip(path.consumers, cell.reads)
+    ]
+    num_rows, dtype = len(heard[0]), jnp.result_type(*terms.values(), *heard, *asked)
     blocks = [
         terms[kernel.leaf] if kernel.leaf in terms else jnp.zeros((num_rows, cell.length, rows(kernel)), dtype)
         for kernel in site.producers
     ]
     h = jnp.zeros((num_rows, cell.length, site.capacity), dtype)
     goals = {kernel.leaf: jnp.zeros((num_rows, cell.length, cols(kernel)), dtype) for kernel in site.consumers}
-    for use, steps in zip(path.consumers, cell.reads):
-        at = [place for place, step in enumerate(steps) if step != NONE]
-        states = jnp.array([steps[place] for place in at])
-        heard = _by_step(use.inputs, captured.inputs[use.op.path], len(steps))[:, at]
-        asked = -num_samples * _by_step(use.outputs, captured.gradients[use.op.path], len(steps))[:, at]
-        h = h.at[:, states].set(heard)
-        goals[use.leaf] = goals[use.leaf].at[:, states].add(asked)
+    for use, steps, seen, goal in zip(path.consumers, cell.reads, heard, asked):
+        at = np.flatnonzero(np.array(steps) != NONE)
+        states = np.array(steps)[at]
+        h = h.at[:, states].set(seen[:, at].astype(dtype))
+        goals[use.leaf] = goals[use.leaf].at[:, states].add(goal[:, at].astype(dtype))
     read = sorted({step for steps in cell.reads for step in steps} - {NONE})
     parts = jnp.concatenate(blocks, -1), h, jnp.concatenate(list(goals.values()), -1)
-    x, h, v = (part[:, jnp.array(read)].reshape(num_rows * len(read), -1) for part in parts)
+    x, h, v = (part[:, np.array(read)].reshape(num_rows * len(read), -1) for part in parts)
     return Rows(x, h, v, None, None)
 
 
