@@ -95,6 +95,36 @@ def status(g: Good, value: tinyjax.Status, **fields: int) -> tinyjax.GrowthInfo:
     return g.info._replace(**{name: {"w": jnp.asarray(v)} for name, v in (fields | {"status": int(value)}).items()})
 
 
+def centred(s: Any) -> Any:
+    return (s - s.mean(-1, keepdims=True)) / jnp.sqrt(s.var(-1, keepdims=True) + 1e-5)
+
+
+def halved(s: Any) -> Any:
+    """With dropout."""
+    return s * jax.random.bernoulli(jax.random.key(0), 0.5, s.shape)
+
+
+def plain(s: Any) -> Any:
+    return s
+
+
+def streamed(g: Good, norm: Callable[[Any], Any] = plain, last: Callable[[Any], Any] = plain) -> tuple[Any, Any, Any]:
+    """A residual network: its loss, its parameters and the site of its stream."""
+    params = g.params | {"r": jnp.ones((CAPACITY, 3)), "q": jnp.ones((3, CAPACITY))}
+
+    def loss(p: Any, batch: Any) -> Any:
+        s = batch["x"] @ p["w"] + p["b"]
+        return jnp.mean((last(s + jnp.tanh(norm(s) @ p["r"]) @ p["q"]) @ p["u"] - batch["t"]) ** 2)
+
+    return loss, params, tinyjax.find_sites(loss, params, g.batch)["w"]
+
+
+def estimated(g: Good, **options: Callable[[Any], Any]) -> Any:
+    """Statistics of the stream."""
+    loss, params, site = streamed(g, **options)
+    return tinyjax.estimate(loss, params, g.batch, site)
+
+
 refused = lambda g: tinyjax.find_sites(sigmoid_loss, g.params, g.batch)["w"]  # noqa: E731
 traced = lambda function: lambda g: jax.jit(partial(function, g))(g.params)  # noqa: E731
 
@@ -123,6 +153,9 @@ CASES = {
             "no site `w`; its sites are `w_`"),
         Case("the site at another capacity", lambda g: tinyjax.estimate(
             loss_fn, tinyjax.resize(g.params, g.sites, {"w": 9})[0], g.batch, g.site), "Use the sites that `resize` returned"),
+        Case("a residual stream read through a layer norm", lambda g: estimated(g, norm=centred), r"a layer norm\?"),
+        Case("a residual stream with dropout on it", lambda g: estimated(g, norm=halved), "random numbers are drawn along it"),
+        Case("a residual stream with an activation on it", lambda g: estimated(g, last=jax.nn.relu), "lies on it: a stream is linear"),
         Case("a site that cannot grow", lambda g: tinyjax.estimate(sigmoid_loss, g.params, g.batch, refused(g)),
              "cannot grow: an empty neuron is not silent: `logistic` maps 0 to 0.5"),
         Case("the name of a site instead of the site", lambda g: tinyjax.estimate(loss_fn, g.params, g.batch, "w"),
@@ -186,6 +219,7 @@ CASES = {
         Case("the state of another optimizer", lambda g: tinyjax.resize(
             g.params, g.sites, {"w": 9}, optimizer=g.optimizer, opt_state=optax.sgd(0.1, momentum=0.9).init(g.params)), "another structure"),
         Case("`compact` under `jit`", lambda g: jax.jit(lambda p: tinyjax.compact(p, g.sites)[0])(g.params), "call it on concrete arrays, outside `jit`"),
+        Case("a residual stream to prune", lambda g: tinyjax.prune(*streamed(g)[1:], g.statistics, num_neurons=1), "is a residual stream"),
         Case("more neurons to prune than there are slots", lambda g: tinyjax.prune(g.params, g.site, g.statistics, num_neurons=7), r"outside 0 \.\. 6"),
         Case("`full` without final widths", lambda g: tinyjax.resize(g.params, g.sites, tinyjax.full), "pass `final`"),
         Case("`multiple_of(0)`", lambda g: tinyjax.multiple_of(0), "`multiple` must be at least 1"),

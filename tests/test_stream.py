@@ -130,6 +130,7 @@ def test_another_capacity_and_the_compact_net_keep_the_function(name):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-13), back, thinned)
 
 
+@SLOW
 def test_growing_into_another_capacity_keeps_what_the_sums_say():
     """At a wider capacity the same net has the same statistics up to the factor by which its writers grew."""
     case, loss_fn, params, sites, site = found("by_hand")
@@ -216,6 +217,7 @@ def test_the_best_update_moves_every_reader_by_its_own():
     np.testing.assert_array_equal(moved["in"], params["in"])
 
 
+@SLOW
 def test_a_stream_is_scored_beside_other_sites():
     case, loss_fn, params, sites, site = found("by_hand")
     params = tinyjax.thin(params, site, 3)

@@ -65,9 +65,7 @@ def prune(
     """
     require_growable(site)
     if site.stream is not None:
-        raise ValueError(
-            f"site `{site.name}` is a residual stream: pruning sees one reader, `thin` or empty it instead"
-        )
+        raise ValueError(f"site `{site.name}` is a residual stream, which `prune` does not refit; `thin` empties slots")
     if not 0 <= num_neurons <= site.capacity:
         raise ValueError(f"`num_neurons` {num_neurons} of site `{site.name}` is outside 0 .. {site.capacity}")
     _, weight = matrices(params, site)
