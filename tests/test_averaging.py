@@ -85,3 +85,15 @@ def test_growths_and_chunks_refuse_a_sum():
         tinyjax.make_grow_step(SUMS["sum"], site, num_neurons=1)(PARAMS, BATCH)
     with pytest.raises(ValueError, match="the loss sums over the samples"):
         tinyjax.estimate(SUMS["sum"], PARAMS, BATCH, site, chunk=4)
+
+
+def test_numbers_that_a_loss_closes_over_are_read_under_a_trace_too():
+    """JAX arrays and tracers as constants of the loss: state of a module, a temperature that a sweep maps over."""
+    flag, half = jnp.asarray(True), jnp.asarray(0.5)
+
+    def of(reduce, weight):
+        return lambda p, b: reduce(jnp.where(flag, half, 1.0) * weight * sq(p, b))
+
+    jax.jit(lambda weight: check(of(jnp.mean, weight)))(2.0)
+    with pytest.raises(ValueError, match="the loss sums over the samples"):
+        jax.jit(lambda weight: check(of(jnp.sum, weight)))(2.0)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from tinyjax.layout import Params, path_name
@@ -344,5 +345,8 @@ def _constant(value: Any) -> Value:
     shape, dtype = np.shape(value), getattr(value, "dtype", None)
     if dtype is None:
         dtype = np.result_type(value)
-    number = shape == () and isinstance(dtype, np.dtype)  # a typed key is no number
-    return Value(shape, dtype, "const", const=value if number else None)
+    # A typed key is no number, and of a tracer the number is not known.
+    if shape != () or not isinstance(dtype, np.dtype) or isinstance(value, Tracer):
+        return Value(shape, dtype, "const")
+    # Under a trace, JAX's own arrays would not even compare as numbers.
+    return Value(shape, dtype, "const", const=np.asarray(value) if isinstance(value, jax.Array) else value)
