@@ -37,27 +37,55 @@ class _Climb(NamedTuple):
     count: Array  # of rounds
 
 
+class _Fold(NamedTuple):
+    """Moments of the half to fit on and of the other one, restricted to m directions of the inputs."""
+
+    gram: Array  # (m, m)
+    diagonal: Array  # (m, m) what the ridge multiplies
+    third_moments: Array  # (R, m, m)
+    gram_test: Array
+    third_moments_test: Array
+
+    def score(self, ridge: Array) -> Array:
+        """What the neuron fitted to one half finds on the other, per unit of its activity there."""
+        root = factor(self.gram + ridge * self.diagonal)
+        part = rank_one_part(_whitened(root, self.third_moments))
+        alpha = root.unwhiten(part.vector[:, None])[:, 0]
+        found = jnp.einsum("r,i,rij,j->", part.output, alpha, self.third_moments_test, alpha, precision="highest")
+        size = jnp.sum(alpha * matmul(self.gram_test, alpha))
+        return found / jnp.where(size > 0, size, 1)
+
+
 def held_out_third(statistics: Statistics) -> Array:
     """The ridge of `second_order` whose first neuron finds most on the half of the samples it was not fitted on.
 
-    Climbs as `held_out`; half of that is the ridge of all samples, and with an empty half it is 1.
+    Climbs as `held_out`; half of that is the ridge of all samples, and with an empty half it is 1. Beyond 64 inputs,
+    among neurons that read the 64 directions in which third moments are largest at a ridge of 1.
     """
 
-    def both(fitted: Moments, other: Moments) -> tuple[Moments, Moments]:
-        return fitted, other
-
-    folds = both_ways(statistics, both)
-
-    def score(ridge: Array, fitted: Moments, other: Moments) -> Array:
+    def fold(fitted: Moments, other: Moments) -> _Fold:
         assert fitted.third_moments is not None and other.third_moments is not None
-        root = factor(fitted.gram_prev, ridge)
-        part = rank_one_parts(_whitened(root, fitted.third_moments), 1)
-        alpha = root.unwhiten(part.vector.T)[:, 0]
-        found = jnp.einsum("r,i,rij,j->", part.output[0], alpha, other.third_moments, alpha, precision="highest")
-        size = jnp.sum(alpha * matmul(other.gram_prev, alpha))
-        return found / jnp.where(size > 0, size, 1)
+        root = factor(fitted.gram_prev, 1.0)
+        seen = root.unwhiten(_largest(_whitened(root, fitted.third_moments), _COMPRESSED))
 
-    return climb(statistics, lambda ridge: jnp.sum(jax.lax.map(lambda fold: score(ridge, *fold), folds)))
+        def along(matrix: Array) -> Array:
+            return matmul(seen.T, matmul(matrix, seen))
+
+        return _Fold(
+            gram=along(fitted.gram_prev),
+            diagonal=along(jnp.diag(jnp.diagonal(fitted.gram_prev))),
+            third_moments=along(fitted.third_moments),
+            gram_test=along(other.gram_prev),
+            third_moments_test=along(other.third_moments),
+        )
+
+    def search() -> Array:
+        folds = both_ways(statistics, fold)
+        return climb(statistics, lambda ridge: jnp.sum(jax.lax.map(lambda one: one.score(ridge), folds)))
+
+    # A branch: with an empty half there is nothing to climb, and a fold of many inputs is dear.
+    undecided = jnp.asarray(1, statistics.gram.dtype)
+    return jax.lax.cond(jnp.all(statistics.count > 0), search, lambda: undecided)
 
 
 @traits(function_preserving=False, stochastic=False, needs={"third_moments": NUM_OUTPUTS})
@@ -133,11 +161,8 @@ def rank_one_parts(tensor: Array, num_parts: int) -> Part:
 
     Local maxima. Beyond 64 dimensions, of T restricted to those in which it is largest.
     """
-    size = min(tensor.shape[1], max(_COMPRESSED, num_parts))
-    basis = jnp.eye(size, dtype=tensor.dtype)
-    if size < tensor.shape[1]:
-        basis = jnp.linalg.eigh(jnp.einsum("rij,rjk->ik", tensor, tensor, precision="highest"))[1][:, -size:]
-        tensor = matmul(basis.T, matmul(tensor, basis))
+    basis = _largest(tensor, max(_COMPRESSED, num_parts))
+    tensor = matmul(basis.T, matmul(tensor, basis))
 
     def step(tensor: Array, _: None) -> tuple[Array, Part]:
         found = rank_one_part(tensor)
@@ -168,6 +193,13 @@ def rank_one_part(tensor: Array) -> Part:
     starts = jax.lax.map(best_output, vectors)
     start = jax.tree.map(lambda x: x[jnp.argmax(starts.value)], starts)
     return jax.lax.while_loop(moving, climb_once, _Climb(start, jnp.ones_like(start.value), jnp.asarray(0))).part
+
+
+def _largest(tensor: Array, size: int) -> Array:
+    """Orthonormal directions (D, m), m = min(D, size), in which T (R, D, D) is largest."""
+    if tensor.shape[1] <= size:
+        return jnp.eye(tensor.shape[1], dtype=tensor.dtype)
+    return jnp.linalg.eigh(jnp.einsum("rij,rjk->ik", tensor, tensor, precision="highest"))[1][:, -size:]
 
 
 def _whitened(root: Factor, third_moments: Array) -> Array:
