@@ -80,8 +80,7 @@ def measure(config: Config) -> Iterator[Row]:
         for n in config.polynomial_points:
             for seed in config.seeds:
                 yield from completed_tiny(n, seed)
-        for seed in config.seeds:
-            yield from stuck(config, seed)
+        yield from stuck(config)
     for dimension in config.dimensions:
         for seed in config.seeds:
             yield from random_directions(config, dimension, seed)
@@ -308,32 +307,35 @@ def first_that_lowers(task: Regression, steps: list[Callable[..., Any]]) -> Call
     return step
 
 
-def stuck(config: Config, seed: int) -> Iterator[Row]:
+def stuck(config: Config) -> Iterator[Row]:
     """The corners of a square with the product as target, and points inside: even in every direction."""
     grid = np.array([(a * s, b * s) for s in (1.0, 0.6) for a in (-1, 1) for b in (-1, 1)])
     target = np.prod(grid, axis=1, keepdims=True)
     task = regression(grid, target, jax.nn.relu, capacity=config.stuck_additions)
     start = float(task.loss_fn(task.params, task.batch))
     first = tinyjax.bottleneck(tinyjax.estimate(task.loss_fn, task.params, task.batch, task.site))
-    first_row = dict(part="stuck", seed=seed, psi=float(first.after), gain=float(first.gains[0]))
-    second_order = partial(tinyjax.second_order, ridge=0.0)
-    cures: dict[str, list[Callable[..., Any]]] = {
-        "TINY": [exact_tiny],
-        "completed": [tinyjax.completed(exact_tiny, tinyjax.random)],
-        "completed on stall": [tinyjax.completed(exact_tiny, tinyjax.random), tinyjax.random],
-        "second order": [tinyjax.completed(exact_tiny, second_order)],
-        "second order on stall": [tinyjax.completed(exact_tiny, second_order), second_order],
-    }
+    first_row = dict(part="stuck", psi=float(first.after), gain=float(first.gains[0]))
 
     def add(method: Callable[..., Any]) -> Callable[..., Any]:
         return jax.jit(lambda params, key: add_neuron(task, params, method, key)[0])
 
-    for name, tried in cures.items():
-        step, params, curve = first_that_lowers(task, [add(method) for method in tried]), task.params, [1.0]
+    second_order = partial(tinyjax.second_order, ridge=0.0)
+    drawn, curved = add(tinyjax.random), add(second_order)
+    by_random = add(tinyjax.completed(exact_tiny, tinyjax.random))
+    by_order = add(tinyjax.completed(exact_tiny, second_order))
+    cures = {
+        "TINY": [add(exact_tiny)],
+        "completed": [by_random],
+        "completed on stall": [by_random, drawn],
+        "second order": [by_order],
+        "second order on stall": [by_order, curved],
+    }
+    for seed, (name, tried) in itertools.product(config.seeds, cures.items()):
+        step, params, curve = first_that_lowers(task, tried), task.params, [1.0]
         for k in range(config.stuck_additions):
             params = step(params, jax.random.key(1000 * seed + k))
             curve.append(float(task.loss_fn(params, task.batch)) / start)
-        yield first_row | dict(method=name, last=curve[-1], losses=curve)
+        yield first_row | dict(seed=seed, method=name, last=curve[-1], losses=curve)
 
 
 # --- Appendix D.3 ---
