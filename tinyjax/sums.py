@@ -14,7 +14,7 @@ from tinyjax.bilinear import Pair
 from tinyjax.capture import Captured, capture
 from tinyjax.judging import Path
 from tinyjax.layout import Layout, Params
-from tinyjax.linalg import matmul, solve
+from tinyjax.linalg import matmul, some_solution
 from tinyjax.methods.heads import cross_at_offsets, energy_at_offsets, gram_at_offsets
 from tinyjax.patches import Sums, conv_sums
 from tinyjax.recurrence import Cell
@@ -264,7 +264,7 @@ def _path_sums(
         bias=bias,
         energy_matrix=energy_matrix,
         offset_gram=offset_gram,
-        project=solve if update is None else lambda gram, cross: update,
+        project=some_solution if update is None else lambda gram, cross: update,
         signs=signs,
     )
 
