@@ -118,8 +118,8 @@ def _require_plain(writers: Sequence[Use], consumers: Sequence[Use]) -> None:
     for leaf in written:
         if leaf in read:
             raise Unaligned(f"`{leaf}` both writes and reads it (tied embeddings?)")
-    if not consumers:
-        raise Unaligned("no product with a parameter reads it")
+    if not writers or not consumers:
+        raise Unaligned(f"no product with a parameter {'reads' if writers else 'writes'} it")
     for use in (*writers, *consumers):
         if use.trouble:
             raise Unaligned(use.trouble)
