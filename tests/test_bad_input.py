@@ -125,6 +125,28 @@ def estimated(g: Good, **options: Callable[[Any], Any]) -> Any:
     return tinyjax.estimate(loss, params, g.batch, site)
 
 
+def attention(g: Good, turn: Callable[[Any], Any]) -> Any:
+    """A step at the query-key dimension of attention whose queries and keys are turned."""
+    shapes = {"q": (5, 2, 4), "k": (5, 2, 4), "v": (5, 2, 3), "o": (2, 3, 3)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+
+    def loss(p, b):
+        q, k, v = (jnp.einsum("ntd,dhk->nthk", b["x"], p[name]) for name in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("nthk,nshk->nhts", turn(q), turn(k)))
+        return jnp.mean(jnp.einsum("nhts,nshk,hkd->ntd", weights, v, p["o"]) ** 2)
+
+    sites = tinyjax.find_sites(loss, params, {"x": jnp.ones((16, 3, 5))})
+    return tinyjax.make_grow_step(loss, sites["q"], num_neurons=1)
+
+
+def rotary(x: Any) -> Any:
+    left, right = jnp.split(x, 2, -1)
+    angle = jnp.arange(3.0)[:, None, None] * jnp.array([1.0, 0.1])
+    return jnp.concatenate(
+        [left * jnp.cos(angle) - right * jnp.sin(angle), left * jnp.sin(angle) + right * jnp.cos(angle)], -1
+    )
+
+
 refused = lambda g: tinyjax.find_sites(sigmoid_loss, g.params, g.batch)["w"]  # noqa: E731
 traced = lambda function: lambda g: jax.jit(partial(function, g))(g.params)  # noqa: E731
 
@@ -168,6 +190,9 @@ CASES = {
         Case("`num_neurons=0` to `diagnose`", lambda g: tinyjax.diagnose(loss_fn, g.params, g.batch, num_neurons=0), "`num_neurons` must be an int >= 1"),
         Case("no sites to grow", lambda g: step(g, sites=()), "`sites` is empty: there is nothing to grow"),
         Case("a site that cannot grow", lambda g: step(g, sites=refused(g)), "cannot grow"),
+        Case("queries and keys under a rotary embedding", lambda g: attention(g, rotary), "a rotary embedding"),
+        Case("queries and keys that are normalised", lambda g: attention(
+            g, lambda x: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1)), "a norm of them"),
         Case("`num_neurons` of 0", lambda g: step(g, num_neurons=0), "must be an int of at least 1, got 0"),
         Case("a fractional `num_neurons`", lambda g: step(g, num_neurons=1.5), "must be an int of at least 1, got 1.5"),
         Case("more neurons than the layer has slots", lambda g: step(g, num_neurons=7), "is 7, more than its 6 slots; `resize` it first"),

@@ -215,3 +215,137 @@ def test_misuse():
         tinyjax.estimate(case.loss_fn, case.params, iter([case.batch] * 2), site)
     with pytest.raises(ValueError, match="no null for gated units and heads"):
         tinyjax.significant(record())
+
+
+@pytest.mark.parametrize("name", ["q", "v"])
+def test_births_in_the_dimensions_of_heads_leave_empty_heads_empty(name):
+    case, site = plain()
+    inner = tinyjax.find_sites(case.loss_fn, case.params, case.batch)[name]
+    params = tinyjax.thin(case.params, inner, 2)
+    found = jax.jit(lambda p, b: tinyjax.estimate(case.loss_fn, p, b, inner))(params, case.batch)
+    for method in (tinyjax.tiny_unprojected, functools.partial(tinyjax.random0, key=jax.random.key(0))):
+        per_layer = lambda s, method=method: method(s, num_neurons=1)  # noqa: E731
+        neurons = (jax.vmap(per_layer) if inner.stack else per_layer)(found)
+        grown, born = tinyjax.write(params, inner, neurons, amplitude=1.0)
+        assert int(born.sum()) == 1 and int(tinyjax.width(grown, site)) == 2
+
+
+def variant(between: Any, read: Any = None) -> Case:
+    """Attention with something between its scores and its weights; keys and values of other tokens if `read` says."""
+    shapes = {
+        "q": (FEATURES, 3, 4),
+        "k": (FEATURES, 3, 4),
+        "v": (FEATURES, 3, 3),
+        "o": (3, 3, OUTPUTS),
+        "r": (4, 6),
+        "h": (3, 4, 4),
+    }
+    params = jitter({name: jnp.zeros(shape) for name, shape in shapes.items()})
+
+    def loss_fn(p: Any, b: Any) -> Any:
+        others = b["x"] if read is None else b[read]
+        q, k, v = (jnp.einsum("ntd,dhk->nthk", y, p[name]) for name, y in zip("qkv", (b["x"], others, others)))
+        weights = between(jnp.einsum("nthk,nshk->nhts", q, k) / q.shape[-1] ** 0.5, p, b)
+        return squared(jnp.einsum("nhts,nshk,hkd->ntd", weights, v, p["o"]), b)
+
+    batch = data(1, 40)
+    batch |= {"z": jax.random.normal(jax.random.key(2), (40, 6, FEATURES)), "key": jax.random.key(3)}
+    batch |= {"length": 1 + jnp.arange(40) % 4}
+    return Case(loss_fn, params, batch, "v", 3, "q")
+
+
+def padded(s: Any, p: Any, b: Any) -> Any:
+    """Keys beyond the length of a sample are masked."""
+    return jax.nn.softmax(jnp.where(jnp.arange(s.shape[-1]) < b["length"][:, None, None, None], s, -jnp.inf))
+
+
+def dropped(s: Any, p: Any, b: Any) -> Any:
+    """Scores under a soft cap; dropout on the weights, the same for all heads."""
+    weights = jax.nn.softmax(5 * jnp.tanh(s / 5))
+    return jnp.where(jax.random.bernoulli(b["key"], 0.8, (1, 1, *s.shape[2:])), weights / 0.8, 0)
+
+
+VARIANTS = {
+    "padding": lambda: variant(padded),
+    "capped_dropout": lambda: variant(dropped),
+    "cross_bias": lambda: variant(lambda s, p, b: jax.nn.softmax(s + p["r"]), "z"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_masks_dropout_biases_caps_and_other_tokens_are_as_the_model_has_them(name):
+    """The slope of the loss by a new head, by differences; and what the model's own scale is found to be."""
+    case = VARIANTS[name]()
+    sites = tinyjax.find_sites(case.loss_fn, case.params, case.batch)
+    site = sites["heads"]
+    assert site.growable and sites["q"].growable and sites["q"].power == 0.5, sites
+    params = tinyjax.thin(case.params, site, 2)
+    found = jax.jit(lambda p, b: tinyjax.estimate(case.loss_fn, p, b, site))(params, case.batch)
+    neurons = tinyjax.tiny_unprojected(found, num_neurons=1, ridge=0.01)
+    expected = -np.sum(np.asarray(tinyjax.moments(found).cross_prev) * np.asarray(neurons.alpha @ neurons.omega))
+    step, loss = 1e-6, jax.jit(case.loss_fn)
+    at = [loss(tinyjax.write(params, site, neurons, amplitude=g)[0], case.batch) for g in (0.0, step, 2 * step)]
+    np.testing.assert_allclose((-3 * at[0] + 4 * at[1] - at[2]) / (2 * step), expected, rtol=1e-4)
+    assert expected < 0 and np.any(np.asarray(found.gates.key) != 0)
+
+
+def no_heads(between: Any) -> str:
+    case = variant(between)
+    return tinyjax.find_sites(case.loss_fn, case.params, case.batch)["heads"].reason
+
+
+SLOPES = np.array([1.0, 0.5, 0.25])[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (lambda s, p, b: jax.nn.softmax(s - SLOPES * np.abs(np.arange(4)[:, None] - np.arange(4))), "of a constant"),
+        (lambda s, p, b: jax.nn.softmax(s + p["h"]), "differs between heads"),
+        (lambda s, p, b: jax.nn.softmax(s) * jax.random.bernoulli(b["key"], 0.8, s.shape), "random numbers"),
+        (lambda s, p, b: s, "no softmax"),
+        (lambda s, p, b: jax.nn.softmax(s, axis=1), "mixed by `reduce"),
+    ],
+    ids=["alibi", "bias_by_head", "dropout_by_head", "linear", "over_heads"],
+)
+def test_what_tells_heads_apart_or_mixes_them_is_refused_by_name(between, reason):
+    assert "counts attention heads" in no_heads(between) and reason in no_heads(between), no_heads(between)
+
+
+ANGLES = np.arange(4.0)[:, None, None] * np.array([1.0, 0.1])
+
+
+def turned(a: Any, b: Any) -> list[Any]:
+    return [a * np.cos(ANGLES) - b * np.sin(ANGLES), a * np.sin(ANGLES) + b * np.cos(ANGLES)]
+
+
+def half(x: Any) -> Any:
+    return x * jnp.cos(ANGLES).repeat(2, -1) + jnp.concatenate([-x[..., 2:], x[..., :2]], -1)
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (lambda x: jnp.concatenate(turned(*jnp.split(x, 2, -1)), -1), "a rotary embedding"),
+        (lambda x: jnp.stack(turned(x[..., ::2], x[..., 1::2]), -1).reshape(x.shape), "rotary"),
+        (half, "rotary"),
+        (lambda x: x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6), "a norm of them"),
+        (lambda x: (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + 1), "a norm"),
+    ],
+    ids=["rotary_halves", "rotary_pairs", "rotary_sum", "rms_norm", "layer_norm"],
+)
+def test_what_turns_or_normalises_queries_and_keys_is_refused_by_name_and_values_grow(between, reason):
+    params = jitter({"q": jnp.zeros((5, 3, 4)), "k": jnp.zeros((5, 3, 4)), "v": jnp.zeros((5, 3, 3)),
+                     "o": jnp.zeros((3, 3, 3))})  # fmt: skip
+
+    def loss_fn(p: Any, b: Any) -> Any:
+        q, k, v = (jnp.einsum("ntd,dhk->nthk", b["x"], p[name]) for name in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("nthk,nshk->nhts", between(q), between(k)))
+        return squared(jnp.einsum("nhts,nshk,hkd->ntd", weights, v, p["o"]), b)
+
+    sites = tinyjax.find_sites(loss_fn, params, data())
+    assert sites.growable.names == ("v",)
+    refused = [site for site in sites if not site.growable]
+    assert 3 in {site.capacity for site in refused} and len(refused) > 1, "the heads, and their queries"
+    for site in refused:
+        assert reason in site.reason and "values can grow" in site.reason, site

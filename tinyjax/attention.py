@@ -26,6 +26,10 @@ from tinyjax.trace import Op, Value
 from tinyjax.uses import Use
 from tinyjax.wiring import is_view
 
+_CUTS = frozenset("split stack slice dynamic_slice gather concatenate complex rev".split())
+_TURNS = frozenset("mul add add_any sub neg convert_element_type broadcast_in_dim real imag conj pad".split())
+_BENDS = frozenset("exp exp2 logistic".split())
+
 
 class Replay(NamedTuple):
     """The operations between scores and the weights of the attention.
@@ -91,6 +95,21 @@ def is_shared(model: Dimensions, dimension: Atom) -> bool:
     )
 
 
+def is_turned(model: Dimensions, producers: Sequence[Use]) -> bool:
+    """Whether a product reaches scores through a cut and a join of its axes, as rotary embeddings do."""
+    for use in producers:
+        reached: dict[Value, bool] = dict.fromkeys(use.op.outs, False)
+        for op in model.graph.ops[model.order[use.op] + 1 :]:
+            hit = [reached[v] for v in op.ins if v in reached]
+            if not hit:
+                continue
+            if op.name in _CUTS | _TURNS or is_view(op):
+                reached.update(dict.fromkeys(op.outs, any(hit) or op.name in _CUTS))
+            elif op.name == "dot_general" and any(hit) and not any(model.axes.parameter_only(v) for v in op.ins):
+                return True
+    return False
+
+
 def find_scores(model: Dimensions, dimension: Atom) -> tuple[Op, Atom]:
     """The product of queries and keys of all heads, and the dimension it contracts.
 
@@ -153,6 +172,8 @@ def find_replay(model: Dimensions, scores: Op, attention: Attention | None, dime
         if any(v in needed for v in op.outs) and any(v in reached for v in op.ins):
             ops.append(op)
             needed.update(v for v in op.ins if v in reached)
+    if not any(op.name in _BENDS for op in ops):
+        raise Unaligned("its scores are its weights (no softmax): a new head would attend to nothing")
     taps: dict[Address, int] = {}
     scalars: dict[Value, Any] = {}
     for op in ops[::-1]:

@@ -7,6 +7,7 @@ share has one omega, and one alpha for each of them.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,14 @@ from tinyjax.wiring import is_view
 _LAYOUT = VIEWS | {"broadcast_in_dim"}
 SAMPLE, HEAD, QUERY_HEAD, TOKEN, KEY = range(5)  # what a factor of the scores counts; KEY: the tokens of the keys
 
+
+ROTARY = (
+    "between queries or keys and their scores (a rotary embedding, whose angles follow from the dimension? The values "
+    "can grow)"
+)
+NORMED = (
+    "between queries or keys and their scores (a norm of them, which would count empty dimensions? The values can grow)"
+)
 
 Kind = Callable[[Atom | None, int], int]
 
@@ -105,7 +114,7 @@ def find_pair(
         raise Unaligned("its scores are not the product of one query and one key")
     marks = [why for why in dimension.marks if "pairs two activations" not in why]
     if marks:
-        raise Unaligned(f"{marks[0]}; between queries or keys and their scores (a rotary embedding?)")
+        raise Unaligned(f"{marks[0]}; {NORMED}" if "are mixed by" in marks[0] else marks[0])
     heads = [_columns(use, dimension) for use in producers]
     # the side with more heads are the queries; of equals, the first
     order = (0, 1) if len(heads[0]) >= len(heads[1]) else (1, 0)
@@ -269,12 +278,14 @@ def _power(model: Dimensions, op: Op, before: Sequence[Op], capacity: int) -> fl
             break
         after.append(users[0])
         value = users[0].outs[0]
-    total = 1.0
+    factors = [1.0]
     for scaling in (*before, *after):
         if scaling.name in ("mul", "div"):
             numbers = [found for v in scaling.ins if (found := _number(model, v)) is not None]
-            total *= float(numbers[0]) ** (-1 if scaling.name == "div" else 1) if numbers else 1.0
-    return next((p for p in (0.5, 1.0) if abs(total * capacity**p - 1) < 1e-4), 0.0)
+            factors += [float(numbers[0]) ** (-1 if scaling.name == "div" else 1)] if numbers else []
+    # all together (both sides scaled by the fourth root), or one of them (a cap of scores brings numbers of its own)
+    factors = [math.prod(factors), *factors[1:]]
+    return next((p for p in (0.5, 1.0) for x in factors if abs(x * capacity**p - 1) < 1e-4), 0.0)
 
 
 def _number(model: Dimensions, value: Value) -> Any:

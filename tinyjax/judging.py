@@ -15,10 +15,11 @@ from tinyjax.attention import (
     find_replay,
     find_scores,
     is_shared,
+    is_turned,
     require_same_heads,
     value_product,
 )
-from tinyjax.bilinear import Pair, find_pair, score_op
+from tinyjax.bilinear import NORMED, ROTARY, Pair, find_pair, score_op
 from tinyjax.dimensions import Dimensions
 from tinyjax.flow import ROW_BY_ROW, Flow
 from tinyjax.gating import Gate, Ungated, pair_up
@@ -111,6 +112,8 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
     elif paths:
         producers = [path.producer for path in paths]
         consumers = [consumer for path in paths for consumer in path.consumers]
+    if reason and NORMED not in reason and is_turned(model, producers):
+        reason = f"{reason}; {ROTARY}"
     every = (*producers, *consumers)
     if paths and paths[0].head is not None:
         producers, consumers = [paths[0].producer], paths[0].consumers

@@ -173,6 +173,7 @@ def site_sums(
         raise ValueError(f"site `{site.name}` is too wide for a kernel that is used {len(parts)} times")
     total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
     weight_prev, weight = matrices(params, site)
+    total = _in_present_heads(site, paths[0], total, weight_prev, weight)
     if site.pattern:  # the value dimensions of all heads, in the order of the consumers' rows
         *lead, _, inputs, _ = weight_prev.shape
         weight_prev = jnp.moveaxis(weight_prev, -3, -2).reshape(*lead, inputs, -1)
@@ -328,6 +329,35 @@ def _reader_sums(
         signs=signs,
         offset_gram=offset_gram,
     )
+
+
+def _in_present_heads(site: Site, path: Path, total: Sums, weight_prev: Array, weight: Array) -> Sums:
+    """The sums without those of empty heads: a neuron in one would make it a head that attends uniformly for good.
+
+    A head is empty that has no weights in the site's dimension while others have.
+    """
+    heads, depth = heads_of(site), len(site.stack)
+    if heads is not None:  # side by side in the rows of S, N~ and P
+        hidden = weight[..., : weight.shape[-2] - consumers_have_bias(site), :]
+        present = _any_but(weight_prev, depth) | _any_but(hidden.reshape(*site.stack, heads, -1), depth)
+        kept = jnp.repeat(present | ~jnp.any(present), total.gram_prev.shape[-1] // heads)
+    elif path.pair is not None and depth > len(path.pair.projected.op.stack):  # layers, the halves behind them
+        present = _any_but(weight_prev, depth - 1) | _any_but(weight, depth - 1)
+        kept = (present | ~jnp.any(present))[:, None, None]
+    else:
+        return total
+    assert total.link is not None
+    each = kept[..., None]
+    return total._replace(
+        gram_prev=jnp.where(each & kept[..., None, :], total.gram_prev, 0),
+        cross_prev=jnp.where(each, total.cross_prev, 0),
+        link=jnp.where(each if heads is not None else each[..., None], total.link, 0),
+    )
+
+
+def _any_but(x: Array, axis: int) -> Array:
+    """Where along an axis anything is not zero."""
+    return jnp.any(x != 0, axis=tuple(d for d in range(x.ndim) if d != axis))
 
 
 def heads_of(site: Site) -> int | None:
