@@ -10,6 +10,7 @@ import pytest
 from tinyjax.estimate import estimate
 from tinyjax.methods import (
     best_update,
+    fisher_tiny,
     gradmax,
     held_out_update,
     random0,
@@ -168,6 +169,8 @@ def test_methods_with_their_own_update_and_stochastic_ones():
         for i in (0, 1)
     ]
     assert drawn[0]["a"].gain != drawn[1]["a"].gain
+    fisher = score_sites(model, squared, params, batch, sites["a"], num_neurons=1, method=fisher_tiny)  # has its sums
+    assert np.isfinite(fisher["a"].gain)
 
 
 def test_misuse():

@@ -23,6 +23,7 @@ from tinyjax.methods import (
     Neurons,
     in_outputs,
     is_stochastic,
+    needs,
     orthonormal,
     refit,
     tiny0,
@@ -179,7 +180,7 @@ def score_sites(
     def loss_fn(params: Params, batch: Any) -> Array:
         return objective(model(params, batch), batch)
 
-    found = estimate_batch(loss_fn, params, fitting, sites, num_gates=counts).statistics
+    found = estimate_batch(loss_fn, params, fitting, sites, num_gates=counts, **needs(method)).statistics
     scores = {}
     for index, site in enumerate(sites):
         fit = partial(_fit, method, update, counts[site.name])
