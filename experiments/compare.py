@@ -297,18 +297,25 @@ def findings(rows: list[Row]) -> list[Finding]:
     lines = []
     for task in distinct(rows, "task"):
         found = final_rows(rows, task)
-        fixed = column(found["fixed"], "test")
-        cells = []
-        for name, last in found.items():
-            difference = 100 * (column(last, "test") - fixed)
-            error = f" ± {np.std(difference, ddof=1) / np.sqrt(len(difference)):.2f}" if len(difference) > 1 else ""
-            cells.append(
-                f"{name} {spread(column(last, 'test'), 2, 100)} (minus fixed {np.mean(difference):+.2f}{error}; "
-                f"{np.mean(column(last, 'gflop')):.1f} GFLOP)"
-            )
+        cells = [
+            f"{name} {spread(column(last, 'test'), 2, 100)} (minus fixed {paired(last, found['fixed'])}; "
+            f"{np.mean(column(last, 'gflop')):.1f} GFLOP)"
+            for name, last in found.items()
+        ]
         ours = "test accuracy in % at the end, difference with its standard error: " + "; ".join(cells)
+        controls = [name for name in ("random0", *CONTROLS, EQUAL_FLOPS) if name in found]
+        if REFERENCE in found:
+            against = (f"{name} {paired(found[REFERENCE], found[name])}" for name in controls)
+            ours += f". Seed by seed, {REFERENCE} minus its controls: " + "; ".join(against)
         lines.append(Finding(f"Methods compared, {task}", ours, verdict(found)))
     return lines
+
+
+def paired(ours: list[Row], theirs: list[Row]) -> str:
+    """The mean difference of test accuracy over seeds, in %, with its standard error."""
+    difference = 100 * (column(ours, "test") - column(theirs, "test"))
+    error = f" ± {np.std(difference, ddof=1) / np.sqrt(len(difference)):.2f}" if len(difference) > 1 else ""
+    return f"{np.mean(difference):+.2f}{error}"
 
 
 def verdict(found: dict[str, list[Row]]) -> str:
