@@ -305,8 +305,8 @@ def findings(rows: list[Row]) -> list[Finding]:
         ours = "test accuracy in % at the end, difference with its standard error: " + "; ".join(cells)
         controls = [name for name in ("random0", *CONTROLS, EQUAL_FLOPS) if name in found]
         if REFERENCE in found:
-            against = (f"{name} {paired(found[REFERENCE], found[name])}" for name in controls)
-            ours += f". Seed by seed, {REFERENCE} minus its controls: " + "; ".join(against)
+            against = (f"{REFERENCE} minus {name} {paired(found[REFERENCE], found[name])}" for name in controls)
+            ours += "; " + "; ".join(against)
         lines.append(Finding(f"Methods compared, {task}", ours, verdict(found)))
     return lines
 
@@ -315,7 +315,7 @@ def paired(ours: list[Row], theirs: list[Row]) -> str:
     """The mean difference of test accuracy over seeds, in %, with its standard error."""
     difference = 100 * (column(ours, "test") - column(theirs, "test"))
     error = f" ± {np.std(difference, ddof=1) / np.sqrt(len(difference)):.2f}" if len(difference) > 1 else ""
-    return f"{np.mean(difference):+.2f}{error}"
+    return f"{np.round(np.mean(difference), 2) + 0.0:+.2f}{error}"  # no -0.00
 
 
 def verdict(found: dict[str, list[Row]]) -> str:

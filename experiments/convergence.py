@@ -527,8 +527,8 @@ def findings(rows: list[Row]) -> list[Finding]:
             f"psi {alone[0]['psi']:.2f}, largest gain of a new neuron {alone[0]['gain']:.0e}; loss after "
             f"{len(alone[0]['losses']) - 1} neurons by seed: TINY {np.mean(column(alone, 'last')):.2f} of the first; "
             f"completed by random neurons where the singular value is zero {listed(by_rank)}; also where an addition "
-            f"lowers the loss by less than 0.1 % {listed(on_stall)}. Completed by second-order neurons "
-            f"{listed(second)}; also on a stall {listed(second_on_stall)}. The first addition leaves "
+            f"lowers the loss by less than 0.1 % {listed(on_stall)}; completed by second-order neurons "
+            f"{listed(second)}; also on a stall {listed(second_on_stall)}; the first addition leaves "
             f"{np.mean([row['losses'][1] for row in second_on_stall]):.2f} by second order and "
             f"{np.mean([row['losses'][1] for row in on_stall]):.2f} by random neurons; neurons until the loss "
             f"is zero on 8 points: {until_zero(second_on_stall)} and {until_zero(on_stall)}",

@@ -78,7 +78,7 @@ def test_the_fixed_twin_is_read_off_at_the_flops_of_the_grown_run():
     np.testing.assert_allclose([line["test"] for line in stopped], [0.7, 0.71])
     (finding,) = compare.findings(rows)
     assert "tiny0 90.50 ± 0.71 (minus fixed -5.00 ± 0.00; 2.5 GFLOP)" in finding.ours
-    assert finding.ours.endswith(f"tiny0 minus its controls: fixed -5.00 ± 0.00; {compare.EQUAL_FLOPS} +20.00 ± 0.00")
+    assert finding.ours.endswith(f"; tiny0 minus fixed -5.00 ± 0.00; tiny0 minus {compare.EQUAL_FLOPS} +20.00 ± 0.00")
     assert finding.verdict == f"below fixed by more than two standard errors: tiny0, {compare.EQUAL_FLOPS}"
 
 
