@@ -78,7 +78,7 @@ def test_growths_solve_and_write_at_full_precision(kind, method):
     sites = tinyjax.find_sites(loss_fn, params, batch).growable
     update = None if method == "tiny_joint" else tinyjax.best_update  # it brings its own
     grow = tinyjax.make_grow_step(
-        loss_fn, sites["a"], num_neurons=1, method=getattr(tinyjax.methods, method), update=update, energy_matrix=True
+        loss_fn, sites["a"], num_neurons=1, method=getattr(tinyjax.methods, method), update=update
     )
     precisions, everything = own(grow, params, batch, jax.random.key(0))
     assert len(precisions) > 10 and everything > len(precisions) and set(precisions) == {HIGHEST}
