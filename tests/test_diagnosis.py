@@ -7,6 +7,7 @@ import pytest
 
 import tinyjax
 from tests.zoo import draw
+from tests.zoo_attention import linen
 
 N = 200
 
@@ -143,3 +144,10 @@ def test_the_layers_of_a_stack_are_summed():
     np.testing.assert_allclose(finding.share, psi / asked, rtol=1e-8)
     assert finding.width == 5 and np.isfinite(finding.gain)
     assert str(diagnosis).splitlines()[2].split()[:4] == ["w", "5", "of", "5"]
+
+
+def test_no_more_heads_are_asked_for_than_there_are_slots():
+    case = linen(heads=2)
+    found = tinyjax.diagnose(case.loss_fn, case.params, case.batch, num_neurons=3)
+    (name,) = [name for name in found.findings if name.endswith("heads")]
+    assert found.findings[name].width == 2 and 0 < found.findings[name].share <= 1

@@ -94,7 +94,7 @@ def diagnose(
         loss_fn: `loss_fn(params, batch) -> loss`, the mean over the samples of the batch.
         params: the parameters.
         batch: the more samples the better; a few times the largest layer input is plenty.
-        num_neurons: how many new neurons the held-out gain is for.
+        num_neurons: how many new neurons the held-out gain is for; of whole heads at most as many as there are slots.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Returns:
@@ -119,13 +119,16 @@ def diagnose(
         loss = loss_fn(params, batch)
         return Diagnosis({}, refused, float(loss[0] if has_aux else loss))
 
+    # New heads are searched for in the slots of the old ones.
+    counts = {site.name: min(num_neurons, site.capacity) if site.pattern else num_neurons for site in growable}
+
     @jax.jit
     def measure(params: Params, batch: Any) -> tuple[jax.Array, dict[str, Any]]:
-        found = estimate_batch(loss_fn, params, batch, growable, has_aux=has_aux, num_gates=num_neurons)
+        found = estimate_batch(loss_fn, params, batch, growable, has_aux=has_aux, num_gates=counts)
         squares = bounded_squares(loss_fn, params, batch, growable, has_aux=has_aux)
         summaries = {}
         for site in growable:
-            summary = partial(_summary, num_neurons, squares.get(site.name))
+            summary = partial(_summary, counts[site.name], squares.get(site.name))
             for _ in site.stack:
                 summary = jax.vmap(summary)
             summaries[site.name] = summary(found.statistics[site.name])
