@@ -240,3 +240,9 @@ def test_a_stream_is_not_pruned():
     case, loss_fn, params, _, site = found("by_hand")
     with pytest.raises(ValueError, match="residual stream"):
         tinyjax.prune(params, site, None, num_neurons=1)
+
+
+def test_what_readers_see_is_not_known_before_growth():
+    """The first writer reads the data alone; readers see the other writers too."""
+    case, loss_fn, params, _, site = found("by_hand")
+    assert tinyjax.decompose_inputs(loss_fn, params, case.batch, site) == {}
