@@ -75,9 +75,8 @@ def decompose_inputs(
 def _reads_only_data(discovery: Discovery, site: Site) -> bool:
     """Whether no parameter reaches the producer's input, nor what its rows are multiplied by."""
     paths = discovery.paths.get(site.name, ())
-    return (
-        not site.stack and site.gate is None and not site.pattern and all(_is_data(discovery, path) for path in paths)
-    )
+    plain = not site.stack and site.gate is None and not site.pattern and site.stream is None
+    return plain and all(_is_data(discovery, path) for path in paths)
 
 
 def _is_data(discovery: Discovery, path: Path) -> bool:
