@@ -112,7 +112,7 @@ def at_width(case, width, params):
     return jax.jit(loss_fn), jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", [n if n in ("by_hand", "linen") else pytest.param(n, marks=SLOW) for n in CASES])
+@pytest.mark.parametrize("name", [n if n == "linen" else pytest.param(n, marks=SLOW) for n in CASES])
 def test_another_capacity_and_the_compact_net_keep_the_function(name):
     """Where a norm divides by the width, its epsilon included: what is written follows, and the scale behind."""
     case, loss_fn, params, sites, site = found(name)
