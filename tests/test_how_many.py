@@ -14,8 +14,8 @@ from tests import oracles
 from tests.oracles import make_samples, record
 from tests.zoo import draw
 from tinyjax.methods import energy, fraction, rank_trigger, significant
+from tinyjax.rowsums import null_signs
 from tinyjax.statistics import Null
-from tinyjax.sums import null_signs
 
 N, D, C, Q = 120, 6, 4, 5
 PARAMS = draw(0, w=(D, C), b=(C,), u=(C, Q), c=(Q,))

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.capture import record
-from tinyjax.judging import Path
 from tinyjax.layout import Params
+from tinyjax.path import Path
 from tinyjax.site import Norm
 from tinyjax.trace import Trace
 from tinyjax.window import convolve

@@ -20,8 +20,8 @@ from tinyjax.layout import Params
 from tinyjax.linalg import matmul
 from tinyjax.methods import Neurons, best_update, held_out_update, predicted_gain, tiny_joint, update_gain
 from tinyjax.ranking import Model, Objective, Score, move_at_output
+from tinyjax.rowsums import row_sums, with_constant
 from tinyjax.statistics import Statistics, moments
-from tinyjax.sums import row_sums, with_constant
 from tinyjax.trace import Graph, Value, batch_size, flatten, take_samples, trace
 from tinyjax.uses import Use, aligned, find_uses
 from tinyjax.wiring import Wiring, is_view

@@ -21,12 +21,14 @@ from tinyjax.layout import Params
 from tinyjax.linalg import some_solution
 from tinyjax.patches import LINK_LIMIT
 from tinyjax.patterns import search_patterns
+from tinyjax.rows import capture_paths
+from tinyjax.rowsums import null_signs
 from tinyjax.separable import coupling
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import Discovery, discover, paths_of
 from tinyjax.slots import matrices, per_site, require_growable
 from tinyjax.statistics import Pattern, Statistics, keep_half, merge
-from tinyjax.sums import capture_paths, null_signs, site_sums
+from tinyjax.sums import site_sums
 from tinyjax.thirds import Residual, even_part, find_residual, third_sums
 from tinyjax.trace import Trace, batch_size, has_samples, map_samples, take_samples, trace
 from tinyjax.window import num_offsets

@@ -11,9 +11,11 @@ from jaxtyping import Array
 from tinyjax.layout import Params
 from tinyjax.linalg import matmul
 from tinyjax.methods import best_update, find_gates, held_out_update
+from tinyjax.rows import Rows, capture_paths, path_rows
+from tinyjax.rowsums import with_constant
 from tinyjax.site import Site, Sites
 from tinyjax.sites import discover, paths_of
-from tinyjax.sums import Rows, capture_paths, path_rows, site_sums, with_constant
+from tinyjax.sums import site_sums
 from tinyjax.trace import trace
 
 ROWS = 8192

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from jaxtyping import Array
 
 from tinyjax.estimate import estimate_batch
-from tinyjax.judging import Path
 from tinyjax.layout import Params
 from tinyjax.parts import split_batch
+from tinyjax.path import Path
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import Discovery, discover
 from tinyjax.spectra import Spectra, decompose

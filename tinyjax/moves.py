@@ -17,10 +17,10 @@ from jaxtyping import Array
 
 from tinyjax.capture import record
 from tinyjax.geometry import Geometry
-from tinyjax.judging import Path
 from tinyjax.layout import Params
 from tinyjax.methods import Neurons, Squares
 from tinyjax.patches import linear_move
+from tinyjax.path import Path
 from tinyjax.site import Sites
 from tinyjax.sites import discover
 from tinyjax.slots import rows

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tinyjax.estimate import num_chunks
-from tinyjax.judging import Path
+from tinyjax.path import Path
 from tinyjax.trace import Trace, batch_size, take_samples
 
 FEWEST = 8

@@ -11,15 +11,17 @@ from jaxtyping import Array
 from tinyjax.attention import Head, attend_alone
 from tinyjax.capture import Captured
 from tinyjax.gates import ROWS
-from tinyjax.judging import Path
 from tinyjax.layout import Params
 from tinyjax.linalg import matmul
 from tinyjax.methods import Tokens, best_update, find_heads, held_out_update
+from tinyjax.path import Path
+from tinyjax.rows import capture_paths, head_tokens, path_rows
+from tinyjax.rowsums import with_constant
 from tinyjax.site import Site, Sites
 from tinyjax.sites import discover, paths_of
 from tinyjax.slots import site_leaves, used_dimensions
 from tinyjax.statistics import Pattern
-from tinyjax.sums import capture_paths, head_tokens, path_rows, site_sums, with_constant
+from tinyjax.sums import site_sums
 from tinyjax.trace import batch_size, take_samples, trace
 
 

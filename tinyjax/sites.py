@@ -14,8 +14,9 @@ import numpy as np
 from tinyjax.atoms import Atom
 from tinyjax.axes import Axes
 from tinyjax.dimensions import Dimensions, kernel_atoms
-from tinyjax.judging import Path, judge
+from tinyjax.judging import judge
 from tinyjax.layout import Params
+from tinyjax.path import Path
 from tinyjax.site import Kernel, Site, Sites
 from tinyjax.slots import require_growable
 from tinyjax.trace import Graph, Trace, flatten, trace

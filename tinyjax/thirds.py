@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.capture import Captured
-from tinyjax.judging import Path
 from tinyjax.linalg import matmul
 from tinyjax.methods import best_update, held_out_update
 from tinyjax.parity import curvature
+from tinyjax.path import Path
+from tinyjax.rows import path_rows
+from tinyjax.rowsums import halves, with_constant
 from tinyjax.site import Site
 from tinyjax.statistics import Statistics, moments
-from tinyjax.sums import halves, path_rows, with_constant
 
 
 class Residual(NamedTuple):

@@ -1,0 +1,205 @@
+"""Hidden layers: one product writes the dimension, aligned products read it, empty slots are silent; or why not."""
+
+from collections.abc import Callable, Sequence
+
+from jaxtyping import Array
+
+from tinyjax.activation import NotElementwise, activation_between
+from tinyjax.atoms import Atom, root
+from tinyjax.attention import is_shared
+from tinyjax.dimensions import Dimensions
+from tinyjax.flow import ROW_BY_ROW, Flow
+from tinyjax.gating import Gate, Ungated, pair_up
+from tinyjax.geometry import Unaligned, is_rowwise, lay_out
+from tinyjax.norms import find_norm, roles
+from tinyjax.path import Path, Verdict, refusal
+from tinyjax.rowweights import lay_out_weight
+from tinyjax.rules import BETWEEN_ACTIVATIONS, SHARED_HEADS
+from tinyjax.tangent import find_tangent
+from tinyjax.trace import Value
+from tinyjax.uses import Use, aligned
+
+
+def static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use], consumers: Sequence[Use]) -> str:
+    """Why the dimension cannot grow, as far as the shapes of its kernels tell."""
+    if dimension in model.obstructed:
+        return model.obstructed[dimension]
+    if BETWEEN_ACTIVATIONS in dimension.marks:
+        return SHARED_HEADS if is_shared(model, dimension) else BETWEEN_ACTIVATIONS
+    written, read = list(dict.fromkeys(u.leaf for u in producers)), list(dict.fromkeys(u.leaf for u in consumers))
+    both = [leaf for leaf in written if leaf in read]
+    if both:
+        return f"`{both[0]}` both writes and reads it (tied weights): a fan-out would have to be its own fan-in"
+    if len(written) not in (1, 2):
+        return f"{len(written)} producers" + (" (a residual stream?)" if written else " (an embedding?)")
+    for use in (*producers, *consumers):
+        if use.trouble:
+            return use.trouble
+    if dimension.marks:
+        return next(iter(dimension.marks))
+    repeated = [leaf for leaf, _ in model.leaves[dimension]]
+    twice = next((leaf for leaf in repeated if repeated.count(leaf) > 1), None)
+    if twice is not None:
+        return f"it runs twice through `{model.names[twice]}`"
+    return ""
+
+
+def find_layer(model: Dimensions, dimension: Atom, producers: Sequence[Use], consumers: Sequence[Use]) -> Verdict:
+    """The aligned producer-consumer pairs, the roles of the vectors met on the way, or why there are none."""
+    paths, found, norms = [], {}, []
+    kernels = (*producers, *consumers)
+    accounted = {use.op for use in kernels}
+    try:
+        pairs = _with_gates(model, dimension, producers)
+    except Ungated as ungated:
+        return refusal(str(ungated))
+    for producer, gate in pairs:
+        gates = frozenset() if gate is None else frozenset({gate.value})
+        flow = Flow(model.graph, model.axes, model.wiring, producer, dimension, gates)
+        mine = tuple(c for c in consumers if c.input_value in flow.mixing)
+        if sorted(c.leaf for c in mine) != sorted({c.leaf for c in consumers}):
+            return refusal("its consumers do not each read the output of one producer operation once")
+        reason = _row_reason(model, producer, mine, flow) or _meeting_reason(model, flow, kernels)
+        if reason:
+            return refusal(reason)
+        found |= roles(flow)
+        accounted |= {meetings[0].op for meetings in flow.met.values()}
+        accounted |= {op for ops in flow.counted.values() for op in ops}
+        if gate is not None:
+            biases = {leaf: met for leaf, met in gate.flow.met.items() if leaf not in flow.met}
+            found |= dict.fromkeys(biases, "shift")
+            accounted |= {meetings[0].op for meetings in biases.values()}
+        bias = None if producer.bias is None else producer.bias.leaf
+        norm, reason = find_norm(flow, model.wiring, model.axes, found, model.names, bias, dimension.size)
+        mixed = any(flow.mixing[c.input_value] != ROW_BY_ROW for c in mine) or len(producer.kernel.cols) != 1
+        if norm is not None and mixed:
+            reason = "a batch normalisation where rows are mixed"
+        if norm is not None and (len(producers) > 1 or producer.op.stack):
+            reason = "a batch normalisation inside a scan, behind a gate or a kernel that is used more than once"
+        if norm is not None and mine and flow.weights[mine[0].input_value]:
+            reason = "its rows are weighted one by one (a mask or a gate?) before or after a batch normalisation"
+        if reason:
+            return refusal(reason)
+        norms.append(norm)
+        try:
+            paths.append(_path(model, producer, mine, flow, dimension, gate))
+        except Unaligned as unaligned:
+            return refusal(str(unaligned))
+    reached = [id(c) for path in paths for c in path.consumers]
+    if len(reached) != len(consumers) or len(set(norms)) > 1:
+        return refusal("its consumers do not each read the output of one producer operation")
+    known = ("shift", "scale", "counted") + (() if norms[0] is None else ("mean", "var"))
+    for leaf, _ in model.leaves[dimension]:
+        for op, _ in model.entries.get(leaf, ()):
+            if op not in accounted:
+                return refusal(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
+        if model.names[leaf] not in {u.leaf for u in kernels} and found.get(leaf) not in known:
+            return refusal(f"`{model.names[leaf]}` is neither a plain shift nor a plain scale (a normalisation?)")
+    return "", tuple(paths), found, norms[0]
+
+
+def _with_gates(model: Dimensions, dimension: Atom, producers: Sequence[Use]) -> list[tuple[Use, Gate | None]]:
+    """The products to compute neurons for, each with its gate if the dimension is one of gated units.
+
+    Raises:
+        Ungated: two producers that are no gated unit.
+    """
+    if len({use.leaf for use in producers}) == 1:
+        return [(use, None) for use in producers]
+    return [*pair_up(model.graph, model.axes, model.wiring, producers, dimension)]
+
+
+def _path(
+    model: Dimensions,
+    producer: Use,
+    consumers: tuple[Use, ...],
+    flow: Flow,
+    dimension: Atom,
+    gate: Gate | None,
+) -> Path:
+    """The uses of a path with their rows in one order."""
+    read = consumers[0].input_value
+    if flow.mixing[read] != ROW_BY_ROW or len(producer.kernel.cols) != 1:
+        if gate is not None:
+            raise Unaligned(flow.mixing[read] or f"`{producer.leaf}` produces it together with another axis (heads?)")
+        return _mixed_path(model, producer, consumers, flow, dimension)
+    pools, weights = flow.pools[read], flow.weights[read]
+    if is_rowwise(producer, consumers, pools):
+        for use in consumers:
+            if len([f for f in use.inputs.cols if use.input_atoms[f] is not None]) > 1:
+                raise Unaligned(f"`{use.leaf}` reads every neuron more than once (a repeat?)")
+        order = [model.axes.samples, *(a for a in producer.rows if a is not None)]
+        producer = aligned(producer, order)
+        laid = tuple(lay_out_weight(model.axes, weight, producer) for weight in weights)
+        readers = tuple(aligned(c, order) for c in consumers)
+        if gate is None:
+            return Path(producer, readers, None, laid, activation=_activation(model, producer, read))
+        if not is_rowwise(producer, [gate.use], ()) or gate.use.op.scans != producer.op.scans:
+            raise Unaligned(f"its gate `{gate.use.leaf}` has other rows than `{producer.leaf}`")
+        return Path(producer, readers, None, laid, aligned(gate.use, order), gate.activation)
+    if gate is not None:
+        raise Unaligned("a gated unit between convolutions or poolings")
+    if weights:
+        ops = ", ".join(f"`{weight.op.name}`" for weight in weights)
+        raise Unaligned(f"its rows are weighted one by one in {ops}, between convolutions or poolings")
+    geometry, producer, consumers = lay_out(model.axes, producer, consumers, pools, dimension)
+    return Path(producer, consumers, geometry)
+
+
+def _activation(model: Dimensions, producer: Use, read: Value) -> Callable[[Array], Array] | None:
+    """The elementwise function between a product and what its consumers read, or None."""
+    try:
+        return activation_between(model.wiring, producer, read)
+    except NotElementwise:
+        return None
+
+
+def _mixed_path(model: Dimensions, producer: Use, consumers: tuple[Use, ...], flow: Flow, dimension: Atom) -> Path:
+    """A path along which rows are mixed, in the rows of the consumers."""
+    if producer.window is not None or any(c.window is not None for c in consumers):
+        raise Unaligned(flow.mixing[consumers[0].input_value] or f"`{producer.leaf}` produces it in groups")
+    order = [model.axes.samples, *(a for a in consumers[0].rows if a is not None)]
+    if any({root(a) for a in c.rows if a is not None} != {root(a) for a in order} for c in consumers):
+        raise Unaligned("its consumers read it in different rows")
+    read = tuple(aligned(c, order) for c in consumers)
+    kernels = frozenset(use.op for use in model.uses)
+    tangent, producer, read = find_tangent(
+        model.graph, model.axes, model.wiring, flow, producer, read, dimension, kernels
+    )
+    return Path(producer, read, tangent=tangent)
+
+
+def _meeting_reason(model: Dimensions, flow: Flow, kernels: Sequence[Use]) -> str:
+    """Why a leaf that the flow met makes the dimension other than a plain hidden layer."""
+    if flow.trouble:
+        return flow.trouble
+    for leaf, meetings in flow.met.items():
+        if model.names[leaf] in {use.leaf for use in kernels}:
+            return f"`{model.names[leaf]}` also enters the model through `{meetings[0].op.name}`"
+        if len(meetings) > 1 or leaf in flow.counted:
+            return f"`{model.names[leaf]}` acts on it more than once"
+    return ""
+
+
+def _row_reason(model: Dimensions, producer: Use, consumers: Sequence[Use], flow: Flow) -> str:
+    """Why the consumers do not read what the producer wrote, slot by slot, with empty slots at zero."""
+    if len({model.wiring.origin(c.input_value) for c in consumers}) > 1:
+        return "its consumers read different tensors"
+    for consumer in consumers:
+        same_scans = producer.op.scans == consumer.op.scans
+        if not same_scans or len(producer.kernel.stack) != len(consumer.kernel.stack):
+            return f"`{consumer.leaf}` reads it in another scan than `{producer.leaf}` writes it"
+        rows = [root(a) for a in consumer.rows if a is not None]
+        mixed = flow.mixing[consumer.input_value]
+        if len(set(rows)) != len(rows):
+            return mixed or f"`{consumer.leaf}` reads rows that cannot be told apart"
+        if root(model.axes.samples) not in rows:
+            return mixed or f"the input of `{consumer.leaf}` does not depend on the samples"
+        culprit = flow.culprit.get(consumer.input_value)
+        if culprit is not None and mixed:
+            return mixed
+        if culprit is not None:
+            value = flow.empty.get(consumer.input_value)
+            arrives = "something unknown" if value is None else f"{float(value):.3g}"
+            return f"an empty neuron is not silent: `{culprit}` maps 0 to {arrives} (use sigma(x) - sigma(0))"
+    return ""
