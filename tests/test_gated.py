@@ -378,7 +378,7 @@ def test_misuse(swiglu):
     _, loss_fn, params, site, statistics = swiglu
     with pytest.raises(ValueError, match="num_gates=4"):
         tinyjax.tiny(statistics, num_neurons=4)
-    with pytest.raises(ValueError, match="own update"):
+    with pytest.raises(ValueError, match="must not bring an update"):
         tinyjax.tiny_joint(statistics, num_neurons=1)
     neurons = tinyjax.tiny(statistics, num_neurons=1)
     with pytest.raises(ValueError, match="gated units"):

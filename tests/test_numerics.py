@@ -97,7 +97,7 @@ def compiled(name, shapes):
 @pytest.mark.parametrize("pathology", PATHOLOGIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_stay_finite(name, pathology):
-    statistics = record(PATHOLOGIES[pathology], jnp.float32, energy_matrix=True)
+    statistics = record(PATHOLOGIES[pathology], jnp.float32, energy_matrix=True, third_outputs=np.eye(4)[[0, 2, 3]])
     neurons, update, psi = compiled(name, 0)(statistics, jax.random.key(0))
     for what in (neurons.alpha, neurons.omega, neurons.delta, update, psi.before, psi.after):
         if what is not None:

@@ -62,6 +62,8 @@ def find_residual_stream(
     except Unaligned as unaligned:
         count = num_writers(model, dimension)
         plain = count < 2 or "highway" in reason or ("gate" in reason and "residual stream" not in reason)
+        # Streams of images never grow: what else is wrong with one says more.
+        plain |= "producers" not in reason and any(use.window for use in model.producing.get(dimension, []))
         return reason if plain else f"{count} producers (a residual stream?): {unaligned}", (), {}, None
     pairs = zip(found.branches, found.readers)
     paths = tuple(Path(branches[0].use, group, branches=branches) for branches, group in pairs)
