@@ -27,7 +27,7 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 notebooks: $(VENV)/.dev
-	$(BIN)/jupyter execute notebooks/*.ipynb
+	ls notebooks/*.ipynb | xargs -n 1 -P 2 $(BIN)/jupyter execute
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/pages.py docs/api
