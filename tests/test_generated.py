@@ -93,7 +93,11 @@ def problems(model: Generated, seed: int, *, slopes: bool) -> Iterator[str]:
         def loss(alpha: Any, omega: Any, put: Any = put) -> Any:
             return network(put(wide, alpha, omega, 1.0)[0], model.batch)
 
-        for what, change in (("out", loss(alpha, 0 * omega) - base), ("in", loss(0 * alpha, omega) - base)):
+        births = {"in": (0 * alpha, omega), "out": (alpha, 0 * omega)}
+        if site.stream is not None and site.stream.normed:
+            del births["out"]  # a norm divides by what is written, read or not
+        for what, neuron in births.items():
+            change = loss(*neuron) - base
             if not abs(change) <= 1e-12 * (1 + abs(base)):
                 yield f"`{site.name}`: a neuron of fan-{what} zero moves the loss by {change:.1e}"
         same = jax.tree.map(

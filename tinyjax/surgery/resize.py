@@ -97,7 +97,8 @@ def resize(
         require_concrete(params, "the capacity that a policy chooses")
         capacities = capacities({site.name: int(width(params, site)) for site in sites.growable}, None)
     changes = _changes(params, sites, capacities)
-    new = _rescaled(_resize_like(params, changes, dict.fromkeys(named_leaves(params), "")), sites, capacities)
+    rescaled = _rescaled(params, sites, capacities)  # before new slots come: they are neutral
+    new = _resize_like(rescaled, changes, dict.fromkeys(named_leaves(params), ""))
     result = [new]
     trained = trained_names(trainable, params)
     if optimizer is not None:
@@ -105,8 +106,8 @@ def resize(
     if like:
         result.append(
             tuple(
-                _rescaled(
-                    _resize_like(tree, changes, trained | {n: n for n in named_leaves(params)}), sites, capacities
+                _resize_like(
+                    _rescaled(tree, sites, capacities), changes, trained | {n: n for n in named_leaves(params)}
                 )
                 for tree in like
             )
