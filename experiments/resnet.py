@@ -191,36 +191,27 @@ def stream(network: Network, seed: int, step: int) -> Iterator[data.Batch]:
 
 def grow(network: Network, seed: int, record: tinyjax.Record | None = None, **growth: Any) -> Iterator[tinyjax.Record]:
     """Algorithm 1 with a method (`growth` holds options of `make_grow_step`), from the beginning or from a record."""
-    protocol, names = network.protocol, network.sites.names
-    final, neurons = dict(zip(names, protocol.final)), dict(zip(names, protocol.neurons))
+    protocol = network.protocol
     key = jax.random.key(seed)
     if record is None:
-        start = dict(zip(names, protocol.start))
+        start = dict(zip(network.sites.names, protocol.start))
         params, sites = tinyjax.resize(network.init(key, start), resized(network.sites, start), _first_rung(network))
         state: dict[str, Any] = {}
     else:
         params, sites = record.params, record.sites
         state = dict(opt_state=record.opt_state, step=record.step, history=record.history)
-    due = network.calendar.due
     return tinyjax.fit(
         network.make_loss({site.name: site.capacity for site in sites}),
         params,
         stream(network, seed, state.get("step", 0)),
         network.optimizer,
-        paper.algorithm_1(neurons, final, lambda step: int(due[step])),
+        algorithm_1(network),
         key,
-        num_neurons=neurons,
         sites=sites,
-        growth_samples=network.samples,
-        estimate_micro_batch=protocol.estimation_micro_batch,
         micro_batch=protocol.micro_batch,
-        make_loss=network.make_loss,
-        policy=network.policy,
-        final=final,
-        trainable=trained,
-        has_aux=True,
         with_aux=with_running_statistics,
         programs=network.programs,
+        **_options(network),
         **state,
         **growth,
     )
@@ -228,29 +219,41 @@ def grow(network: Network, seed: int, record: tinyjax.Record | None = None, **gr
 
 def forecast(network: Network, **growth: Any) -> Forecast:
     """What `grow` will do from the beginning."""
-    protocol, names = network.protocol, network.sites.names
-    start, final, neurons = (dict(zip(names, w)) for w in (protocol.start, protocol.final, protocol.neurons))
-    rung = _first_rung(network)
-    due, train = network.calendar.due, network.splits["train"]
+    rung, train = _first_rung(network), network.splits["train"]
     shapes = jax.eval_shape(lambda key: network.init(key, rung), jax.random.key(0))
     return of_fit(
         network.make_loss(rung),
         shapes,
         data.Batch(*(x[:1] for x in train)),
         network.optimizer,
-        paper.algorithm_1(neurons, final, lambda step: int(due[step])),
+        algorithm_1(network),
         network.calendar.sizes.tolist(),
         sites=resized(network.sites, rung),
-        widths=start,
-        num_neurons=neurons,
+        widths=dict(zip(network.sites.names, network.protocol.start)),
+        **_options(network),
+        **growth,
+    )
+
+
+def algorithm_1(network: Network) -> tinyjax.Schedule:
+    """The schedule of the paper, its growths due when the calendar says."""
+    names, protocol, due = network.sites.names, network.protocol, network.calendar.due
+    neurons, final = (dict(zip(names, widths)) for widths in (protocol.neurons, protocol.final))
+    return paper.algorithm_1(neurons, final, lambda step: int(due[step]))
+
+
+def _options(network: Network) -> dict[str, Any]:
+    """What `fit` and its forecast have in common."""
+    names, protocol = network.sites.names, network.protocol
+    return dict(
+        num_neurons=dict(zip(names, protocol.neurons)),
+        final=dict(zip(names, protocol.final)),
         growth_samples=network.samples,
         estimate_micro_batch=protocol.estimation_micro_batch,
         make_loss=network.make_loss,
         policy=network.policy,
-        final=final,
         trainable=trained,
         has_aux=True,
-        **growth,
     )
 
 
