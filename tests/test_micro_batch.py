@@ -75,7 +75,7 @@ def test_wide_sites_pass_twice(monkeypatch):
     batch = {"x": jnp.asarray(rng.normal(size=(20, 4, 4, 2))), "t": jnp.asarray(rng.normal(size=(20, 4, 4, 2)))}
     (site,) = tinyjax.find_sites(plain_loss, params, batch)
     monkeypatch.setattr(sums, "conv_sums", partial(conv_sums, link_limit=1))
-    monkeypatch.setattr(import_module("tinyjax.estimate"), "LINK_LIMIT", 1)
+    monkeypatch.setattr(import_module("tinyjax.passes"), "LINK_LIMIT", 1)
     found, whole, apart = (
         jax.jit(lambda p, b, c=chunk: tinyjax.estimate(plain_loss, p, b, site, chunk=c))(params, part)
         for chunk, part in ((8, batch), (None, batch), (None, take_samples(batch, 0, 8)))

@@ -34,7 +34,7 @@ def test_the_stream_of_an_unmodified_model_is_found(name):
     assert site.growable and site.capacity == WIDTH
     assert len(site.producers) == case.writers
     assert site.stream.readers == case.readers and site.stream.normed == case.normed
-    assert bool(site.stream.powers) == (case.normed and name != "unscaled")
+    assert bool(site.powers) == (case.normed and name != "unscaled")
     assert site_from_json(site_to_json(site)) == site
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from tinyjax.atoms import Atom, parts, root
 from tinyjax.axes import Axes, contraction
-from tinyjax.flow import entries
+from tinyjax.meetings import entries
 from tinyjax.rules import BETWEEN_ACTIVATIONS, INPUT
 from tinyjax.trace import Graph, Value
 from tinyjax.uses import Use, leaf_factors

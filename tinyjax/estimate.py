@@ -1,52 +1,23 @@
-"""From a loss and a batch to the sums of every site, in one forward and one backward pass.
+"""From a loss and a batch to the sums of every site, in one forward and one backward pass that all sites share."""
 
-All sites share one capture. A batch whose loss is a mean of per-sample terms is cut into chunks inside a `lax.scan`, so
-memory does not grow with the batch; sums are formed inside the jit, no activation outlives its chunk.
-"""
-
-import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.averaging import require_mean
 from tinyjax.gates import search_gates
 from tinyjax.layout import Params
-from tinyjax.linalg import some_solution
-from tinyjax.patches import LINK_LIMIT
+from tinyjax.passes import Estimate, Step, sums_in_chunks, with_thirds
 from tinyjax.patterns import search_patterns
-from tinyjax.rows import capture_paths
-from tinyjax.rowsums import null_signs
 from tinyjax.separable import coupling
 from tinyjax.site import Site, Sites, as_sites
-from tinyjax.sites import Discovery, discover, paths_of
-from tinyjax.slots import matrices, per_site, require_growable
-from tinyjax.statistics import Pattern, Statistics, keep_half, merge
-from tinyjax.sums import site_sums
-from tinyjax.thirds import Residual, even_part, find_residual, third_sums
-from tinyjax.trace import Trace, batch_size, has_samples, map_samples, take_samples, trace
-from tinyjax.window import num_offsets
+from tinyjax.sites import discover
+from tinyjax.slots import per_site, require_growable
+from tinyjax.statistics import Pattern, Statistics, merge
+from tinyjax.trace import batch_size, take_samples, trace
 
 DEFAULT_CHUNK = 1024
-_HIGHEST = jax.lax.Precision.HIGHEST
-
-
-class Estimate(NamedTuple):
-    """The statistics of a batch.
-
-    Attributes:
-        loss: mean loss of the batch, ().
-        statistics: by site name.
-    """
-
-    loss: Array
-    statistics: dict[str, Statistics]
 
 
 @overload
@@ -141,10 +112,11 @@ def estimate(
         energy_matrix=energy_matrix,
         offset_gram=offset_gram,
         null_draws=null_draws,
+        num_gates=num_gates,
+        third_moments=third_moments,
         chunk=chunk,
         micro_batch=micro_batch,
     )
-    options |= dict(num_gates=num_gates, third_moments=third_moments)
     first = 0
     for one in batches:
         found = estimate_batch(loss_fn, params, one, sites, first=first, **options).statistics
@@ -199,7 +171,7 @@ def estimate_batch(
     for search, found in ((search_gates, gated), (search_patterns, whole_heads)):
         if found:
             gates |= search(loss_fn, params, some, found, per_site(sites, num_gates), has_aux=has_aux)
-    step = _Step(loss_fn, sites, has_aux, energy_matrix or third_moments > 0, offset_gram, null_draws, gates)
+    step = Step(loss_fn, sites, has_aux, energy_matrix or third_moments > 0, offset_gram, null_draws, gates)
     if size < num_samples:
         traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
         discovery = discover(traced)
@@ -210,17 +182,17 @@ def estimate_batch(
             if micro_batch is None:
                 require_mean(loss_fn, params, batch, take_samples(batch, 0, size), has_aux=has_aux)
 
-            def in_chunks(step: _Step) -> Estimate:
-                return _in_chunks(step, traced, discovery, params, batch, num_samples, size, first)
+            def in_chunks(step: Step) -> Estimate:
+                return sums_in_chunks(step, traced, discovery, params, batch, num_samples, size, first)
 
-            return in_chunks(step) if not third_moments else _with_thirds(step, in_chunks, discovery, third_moments)
+            return in_chunks(step) if not third_moments else with_thirds(step, in_chunks, discovery, third_moments)
     traced = trace(loss_fn, params, batch, has_aux=has_aux)
     discovery = discover(traced)
 
-    def at_once(step: _Step) -> Estimate:
+    def at_once(step: Step) -> Estimate:
         return step(traced, discovery, params, batch, first)
 
-    return at_once(step) if not third_moments else _with_thirds(step, at_once, discovery, third_moments)
+    return at_once(step) if not third_moments else with_thirds(step, at_once, discovery, third_moments)
 
 
 def num_chunks(num_samples: int) -> int:
@@ -233,145 +205,3 @@ def _check_micro_batch(micro_batch: int, chunk: int | None) -> None:
         raise ValueError("`micro_batch` and `chunk` both say how many samples pass at a time: leave one out")
     if not isinstance(micro_batch, int) or micro_batch < 2 or micro_batch % 2:
         raise ValueError(f"`micro_batch` must be an even number of samples, got {micro_batch!r}")
-
-
-def _wide(discovery: Discovery, sites: Sites) -> list[str]:
-    """The sites whose `link` would be too large, so that all samples must pass before N is projected."""
-    names = []
-    for site in sites:
-        for path in discovery.paths.get(site.name, ()):
-            if path.geometry is None:
-                continue
-            producer, consumer = path.producer.kernel, path.consumers[0].kernel
-            inputs, hidden = (math.prod(k.factors[f] for f in k.rows) for k in (producer, consumer))
-            if num_offsets(path.geometry.consumer) * inputs * hidden > LINK_LIMIT:
-                names.append(site.name)
-                break
-    return names
-
-
-class _Step(NamedTuple):
-    """Sums of one chunk."""
-
-    loss_fn: Callable[..., Any]
-    sites: Sites
-    has_aux: bool
-    energy_matrix: bool
-    offset_gram: bool
-    null_draws: int
-    gates: Mapping[str, Array | Pattern]
-    updates: Mapping[str, Array] = MappingProxyType({})  # of wide sites: what N is projected against
-    residuals: Mapping[str, Residual] = MappingProxyType({})  # of which to take third moments
-
-    def __call__(self, traced: Trace, discovery: Discovery, params: Params, batch: Any, first: Array | int) -> Estimate:
-        paths = {site.name: paths_of(discovery, site) for site in self.sites}
-        captured = capture_paths(traced, params, batch, [path for found in paths.values() for path in found])
-        num_samples = traced.num_samples
-        signs = null_signs(self.null_draws, first, num_samples) if self.null_draws else None
-        options = num_samples, self.energy_matrix, signs, self.offset_gram
-        sums = {
-            site.name: site_sums(
-                params,
-                site,
-                paths[site.name],
-                captured,
-                *options,
-                self.gates.get(site.name),
-                self.updates.get(site.name),
-            )
-            for site in self.sites
-        }
-        for site in self.sites:
-            if (residual := self.residuals.get(site.name)) is not None:
-                third = third_sums(site, paths[site.name], captured, num_samples, residual)
-                sums[site.name] = dataclasses.replace(sums[site.name], third_moments=third)
-        return Estimate(captured.loss, sums)
-
-
-def _with_thirds(step: _Step, sums: Callable[[_Step], Estimate], discovery: Discovery, num_outputs: int) -> Estimate:
-    """The sums of a first pass, and third moments of its residual from a second."""
-    curvatures = {site.name: even_part(site, paths_of(discovery, site)) for site in step.sites}
-    found = sums(step)
-    residuals = {}
-    for site in step.sites:
-        find = partial(find_residual, num_outputs=num_outputs)
-        for _ in site.stack:
-            find = jax.vmap(find)
-        residuals[site.name] = find(found.statistics[site.name])
-    second = sums(step._replace(residuals=residuals)).statistics  # only the third moments of it are used
-
-    def joined(name: str, statistics: Statistics) -> Statistics:
-        third, outputs = second[name].third_moments, residuals[name].outputs
-        return dataclasses.replace(statistics, third_moments=third, third_outputs=outputs, curvature=curvatures[name])
-
-    return found._replace(statistics={name: joined(name, s) for name, s in found.statistics.items()})
-
-
-def _in_chunks(
-    step: _Step,
-    traced: Trace,
-    discovery: Discovery,
-    params: Params,
-    batch: Any,
-    num_samples: int,
-    size: int,
-    first: Array | int,
-) -> Estimate:
-    """The sums of all chunks: in one pass, or in two where N has to be projected against the update of all samples."""
-    scan = partial(_scan, traced=traced, discovery=discovery, params=params, batch=batch, num_samples=num_samples)
-    wide = _wide(discovery, step.sites)
-    if not wide:
-        return scan(step, size=size, first=first)
-    shapes = {site.name: matrices(params, site)[1] for site in step.sites if site.name in wide}
-    updates = {
-        name: jnp.zeros_like(weight, jnp.promote_types(weight.dtype, jnp.float32)) for name, weight in shapes.items()
-    }
-    found = scan(step._replace(updates=updates), size=size, first=first).statistics  # only G and M of it are used
-    updates = {name: some_solution(found[name].gram.sum(0), found[name].cross.sum(0)) for name in wide}
-    return scan(step._replace(updates=updates), size=size, first=first)
-
-
-def _scan(
-    step: _Step,
-    traced: Trace,
-    discovery: Discovery,
-    params: Params,
-    batch: Any,
-    num_samples: int,
-    size: int,
-    first: Array | int,
-) -> Estimate:
-    """Chunks of equal size in a scan, the remainder on its own."""
-    chunks = num_samples // size
-    stacked = map_samples(lambda x: x[: chunks * size].reshape(chunks, size, *x.shape[1:]), batch)
-    leaves, structure = jax.tree.flatten(stacked)
-    sliced = [has_samples(leaf) for leaf in jax.tree.leaves(batch)]
-
-    def body(total: Estimate, xs: tuple[Array, list[Array]]) -> tuple[Estimate, None]:
-        start, moving = xs[0], iter(xs[1])
-        one = jax.tree.unflatten(structure, [next(moving) if s else leaf for s, leaf in zip(sliced, leaves)])
-        found = step(traced, discovery, params, one, start)
-        return Estimate(
-            total.loss + found.loss * (size / num_samples), _merge_all(total.statistics, found.statistics)
-        ), None
-
-    one = [leaf[0] if s else leaf for s, leaf in zip(sliced, leaves)]
-    shapes = jax.eval_shape(lambda xs: step(traced, discovery, params, jax.tree.unflatten(structure, xs), first), one)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    starts = first + size * jnp.arange(chunks)
-    total, _ = jax.lax.scan(body, zero, (starts, [leaf for s, leaf in zip(sliced, leaves) if s]))
-    left = num_samples - chunks * size
-    if not left:
-        return total
-    rest = take_samples(batch, chunks * size, num_samples)
-    if left == 1:  # an axis of one sample has no identity: repeat the sample, and count the copy's half as empty
-        rest = map_samples(lambda x: jnp.concatenate([x, x]), rest)
-    rest_traced = trace(step.loss_fn, params, rest, has_aux=step.has_aux)
-    last = step(rest_traced, discover(rest_traced), params, rest, first + chunks * size)
-    if left == 1:
-        last = last._replace(statistics={name: keep_half(s, 0) for name, s in last.statistics.items()})
-    return Estimate(total.loss + last.loss * (left / num_samples), _merge_all(total.statistics, last.statistics))
-
-
-def _merge_all(a: dict[str, Statistics], b: dict[str, Statistics]) -> dict[str, Statistics]:
-    return {name: merge(a[name], b[name]) for name in a}

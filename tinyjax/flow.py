@@ -12,15 +12,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from tinyjax.atoms import Atom, roots
 from tinyjax.axes import Axes
+from tinyjax.constants import at_numbers, is_steep
+from tinyjax.meetings import Meeting, leaves_behind
 from tinyjax.rules import ELEMENTWISE, REDUCTIONS
-from tinyjax.trace import OWN, Graph, Op, Value, behind_loss
+from tinyjax.trace import OWN, Graph, Op, Value
 from tinyjax.uses import Use
 from tinyjax.wiring import Wiring, is_view
 
@@ -29,20 +30,12 @@ WINDOW_MEAN = "reduce_window_mean"
 """What a sum over windows becomes that is divided by the number of pixels in each."""
 
 _SUMS = ("add", "add_any", "sub")
-_STEEP = frozenset("acos acosh asin atanh cbrt div integer_pow log log1p pow rsqrt sqrt".split())
 _NORMS = ("tinyjax_centred", "tinyjax_inverse_rms")
 _GROUPED = (
     "`WidthGroupNorm` normalises it: a newborn changes the statistics of its group or, alone in one, is rescaled "
     "whatever its fan-in; a batch normalisation grows, and between matrix products so do `WidthRMSNorm` and "
     "`WidthLayerNorm`"
 )
-
-
-class Meeting(NamedTuple):
-    """A parameter leaf enters the activations: in which operation, and through which others on its way there."""
-
-    op: Op
-    through: frozenset[str]
 
 
 class Weight(NamedTuple):
@@ -406,25 +399,6 @@ class Flow:
         self.culprit[out] = earlier[0] if earlier else op.name
 
 
-def at_numbers(op: Op, known: Sequence[Any]) -> Any:
-    """What an elementwise operation makes of numbers."""
-    assert op.eqn is not None
-    with jax.ensure_compile_time_eval():
-        return np.asarray(op.eqn.primitive.bind(*[np.asarray(k, v.dtype) for k, v in zip(known, op.ins)], **op.params))
-
-
-def is_steep(op: Op, known: Sequence[Any], moving: Sequence[bool]) -> bool:
-    """Whether an operation has an infinite slope at these numbers (None: not known) along those that move."""
-    if op.name not in _STEEP or op.eqn is None or "custom_jvp_call" in op.inside or any(k is None for k in known):
-        return False
-    eqn = op.eqn
-    points = [np.asarray(k, v.dtype) for k, v in zip(known, op.ins)]
-    tangents = [np.asarray(moves, v.dtype) for moves, v in zip(moving, op.ins)]
-    with jax.ensure_compile_time_eval():
-        _, slope = jax.jvp(lambda *ins: eqn.primitive.bind(*ins, **op.params), points, tangents)
-    return not np.isfinite(slope)
-
-
 def _is_elementwise(op: Op) -> bool:
     return op.name in ELEMENTWISE or op.name == "scan_out" or _is_layout(op)
 
@@ -447,35 +421,3 @@ def _is_one(x: Array) -> Array:
 
 def _zero(value: Value) -> Any:
     return np.zeros((), value.dtype)
-
-
-def leaves_behind(wiring: Wiring, axes: Axes, value: Value) -> dict[int, frozenset[str]]:
-    """Parameter leaves from which a parameter-only value is made, with the operations on the way."""
-    found: dict[int, frozenset[str]] = {}
-    seen: set[Value] = set()
-    queue: list[tuple[Value, frozenset[str]]] = [(value, frozenset())]
-    while queue:
-        v, through = queue.pop()
-        if v in seen:
-            continue
-        seen.add(v)
-        if v in wiring.views:
-            found[wiring.views[v].leaf] = through
-        elif (op := wiring.made_by.get(v)) is not None and axes.parameter_only(v):
-            queue += [(source, through | {op.name}) for source in op.ins]
-    return found
-
-
-def entries(graph: Graph, axes: Axes, wiring: Wiring) -> dict[int, list[Meeting]]:
-    """For every leaf, where a tensor made of parameters alone first meets one that is not, on the way to the loss.
-
-    Scalars are left out: a penalty is added to the loss and moves no activation.
-    """
-    needed, found = behind_loss(graph), {}
-    for op in graph.ops:
-        if all(axes.parameter_only(v) for v in op.ins) or not any(v in needed and v.shape for v in op.outs):
-            continue
-        for value in op.ins:
-            for leaf, through in leaves_behind(wiring, axes, value).items():
-                found.setdefault(leaf, []).append(Meeting(op, through))
-    return found

@@ -14,30 +14,21 @@ from jaxtyping import Array
 
 from tinyjax.along import loss_along
 from tinyjax.births import identity_at_birth, response_moments
+from tinyjax.fitting import Update, call, fit, map_layers, polyak, unit_of
 from tinyjax.info import Status
 from tinyjax.layout import Params, named_leaves
-from tinyjax.linalg import inner, matmul
 from tinyjax.methods import (
-    Effect,
     Method,
     Neurons,
     Squares,
-    effect,
-    in_outputs,
-    orthonormal,
-    product,
-    refit,
-    update_gain,
-    with_ridges,
 )
 from tinyjax.parts import Parts
 from tinyjax.scaling import LineSearch, searches
 from tinyjax.site import Kernel, Site
 from tinyjax.slots import free_slots, width
-from tinyjax.statistics import Statistics, half, keep_halves, moments
+from tinyjax.statistics import Statistics, moments
 from tinyjax.surgery import add_update, write
 
-Update = Callable[[Statistics], Array]
 Amplitude = Callable[..., LineSearch]
 
 
@@ -58,20 +49,6 @@ class Recipe(NamedTuple):
         return self.loss_fn(params, batch)[0] if self.has_aux else self.loss_fn(params, batch)
 
 
-class Slopes(NamedTuple):
-    """How fast the loss falls with the amplitude, ().
-
-    Attributes:
-        update: with that of the best update.
-        neurons: with that of the neurons, to first order.
-        second_order: with its power 3/2, for neurons that do nothing to first order; None without any.
-    """
-
-    update: Array
-    neurons: Array
-    second_order: Array | None
-
-
 def grow_site(
     recipe: Recipe,
     site: Site,
@@ -90,8 +67,10 @@ def grow_site(
     over_layers = map_layers(site)
     layer_keys = None if key is None else _split_over(site, jax.random.fold_in(key, 0))
 
-    neurons, delta, report, slopes = over_layers(partial(_fit, recipe, num_neurons, squares))(statistics, layer_keys)
-    unit = _polyak(loss_before, slopes.update)
+    neurons, delta, report, slopes = over_layers(partial(fit, recipe.method, recipe.update, num_neurons, squares))(
+        statistics, layer_keys
+    )
+    unit = polyak(loss_before, slopes.update)
     params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before, unit)
 
     if recipe.orient is not None:
@@ -108,7 +87,7 @@ def grow_site(
     along, coordinate = _along(site, grown)
     loss_at = _loss_along(recipe, recipe.amplitude, parts, params, along, straight)
     found = recipe.amplitude(
-        lambda gamma: loss_at(coordinate(gamma)), dtype=neurons.alpha.dtype, unit=_unit(loss_before, slopes)
+        lambda gamma: loss_at(coordinate(gamma)), dtype=neurons.alpha.dtype, unit=unit_of(loss_before, slopes)
     )
     candidate, born = grown(found.amplitude)
     loss_grown = recipe.loss(candidate, parts.whole)
@@ -119,7 +98,7 @@ def grow_site(
 
     if recipe.fill is not None:
         fill_key = jax.random.fold_in(_key_from(loss_before, statistics.width) if key is None else key, 1)
-        filler = over_layers(partial(_call, recipe.fill, num_neurons))(statistics, _split_over(site, fill_key))
+        filler = over_layers(partial(call, recipe.fill, num_neurons))(statistics, _split_over(site, fill_key))
         norm = _birth(recipe, site, parts, params, filler)(jnp.ones((), filler.alpha.dtype))
         left = jnp.minimum(wanted, free) - written
         params, more = write(params, site, filler, amplitude=1.0, limit=left, birth=norm)
@@ -225,88 +204,6 @@ def _loss_along(
     return loss_along(parts.traced, params, parts.search, path, positions)
 
 
-def _fit(
-    recipe: Recipe, num_neurons: int, squares: Squares | None, statistics: Statistics, key: Array | None
-) -> tuple[Neurons, Array | None, dict[str, Array], Slopes]:
-    """The neurons and the update of one layer, with bottlenecks, gains and slopes in the linear model.
-
-    The update is at amplitude 1, and so are neurons whose squares are known from S; where S is a bound, neurons are at
-    the amplitude that is best on the samples they were fitted on.
-
-    One program fits all samples, the even and the odd ones in turn, at the ridges chosen for all; what a half found is
-    scored on the other.
-    """
-    statistics, basis = orthonormal(statistics)
-    statistics = with_ridges(statistics)
-
-    def fit(part: Array) -> tuple[Neurons, Neurons, Array | None]:
-        kept = keep_halves(statistics, (part == 0) | (jnp.arange(2) == part - 1))
-        delta = None if recipe.update is None else recipe.update(kept)
-        neurons = _call(recipe.method, num_neurons, kept, key)
-        if neurons.delta is not None and delta is not None:
-            raise ValueError("the method brings its own update of the consumer: pass `update=None` to `make_grow_step`")
-        return neurons, refit(kept, _linear(neurons), delta), delta
-
-    neurons, refitted, deltas = jax.lax.map(fit, jnp.arange(3))
-
-    means = (moments(statistics), half(statistics, 0), half(statistics, 1))
-    exact = None if squares is None else squares(refitted)
-
-    def effect_on(samples: int, part: int) -> Effect:
-        fitted, delta = jax.tree.map(lambda x: x[part], (refitted, deltas))
-        found = effect(means[samples], fitted, fitted.delta if delta is None else delta)
-        return found if exact is None else found._replace(square=exact[part, samples])
-
-    def gain(samples: int, part: int) -> Array:
-        scaled = exact is not None and refitted.delta is None
-        return effect_on(samples, part).gain(effect_on(part, part).best_amplitude if scaled else 1)
-
-    mean = means[0]
-    first, delta = jax.tree.map(lambda x: x[0], (neurons, deltas))
-    change = first.delta if delta is None else delta
-    updated = jnp.zeros_like(mean.energy) if change is None else update_gain(mean, change)
-    predicted = gain(0, 0)
-    report = dict(
-        psi_before=mean.energy,
-        psi_after=mean.energy - updated - predicted,
-        gain_predicted=predicted,
-        gain_held_out=(gain(2, 1) + gain(1, 2)) / 2,
-    )
-    zero = jnp.zeros_like(mean.energy)
-    slopes = Slopes(
-        update=zero if delta is None else inner(mean.cross, delta),
-        neurons=inner(mean.cross_prev, product(first.alpha, first.omega, mean.cross.shape[1]))
-        + (zero if first.delta is None else inner(mean.cross, first.delta)),
-        second_order=None if first.second_order is None else jnp.sum(first.second_order),
-    )
-    delta = delta if basis is None or delta is None else matmul(delta, basis.T)
-    return in_outputs(first, basis), delta, report, slopes
-
-
-def _polyak(loss: Array, slope: Array) -> Array:
-    """The amplitude at which the linear model predicts a loss of zero; 1 where it predicts no change."""
-    total = jnp.abs(jnp.sum(slope))
-    return jnp.where(total > 0, jnp.abs(loss) / jnp.where(total > 0, total, 1), 1).astype(slope.dtype)
-
-
-def _unit(loss: Array, slopes: Slopes) -> Array:
-    """The amplitude at which the neurons are predicted to bring the loss to zero, by the order that does it first."""
-    first = _polyak(loss, slopes.neurons)
-    if slopes.second_order is None:
-        return first
-    second = _polyak(loss, slopes.second_order) ** (2 / 3)
-    only_one = jnp.where(jnp.all(slopes.second_order == 0), first, second)
-    both = jnp.any(slopes.second_order != 0) & (jnp.sum(slopes.neurons) != 0)
-    return jnp.where(both, jnp.minimum(first, second), only_one)
-
-
-def _linear(neurons: Neurons) -> Neurons:
-    """The neurons in the linear model, in which those of second order write nothing."""
-    if neurons.second_order is None:
-        return neurons
-    return neurons._replace(omega=jnp.where(neurons.second_order[:, None] > 0, 0, neurons.omega))
-
-
 def skip_site(
     site: Site, params: Params, statistics: Statistics, loss_before: Array, wanted: Array
 ) -> tuple[Params, dict[str, Array]]:
@@ -332,21 +229,6 @@ def skip_site(
         status=jnp.full((), Status.SKIPPED, jnp.int32),
     )
     return params, row
-
-
-def _call(method: Method, num_neurons: int, statistics: Statistics, key: Array | None) -> Neurons:
-    return method(statistics, num_neurons=num_neurons, key=key)
-
-
-def map_layers(site: Site) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Maps a function of one layer over the layers of a stack."""
-
-    def lift(function: Callable[..., Any]) -> Callable[..., Any]:
-        for _ in site.stack:
-            function = jax.vmap(function)
-        return function
-
-    return lift
 
 
 def _split_over(site: Site, key: Array) -> Array:

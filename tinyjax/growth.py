@@ -17,7 +17,8 @@ from jaxtyping import Array
 
 from tinyjax.averaging import require_mean
 from tinyjax.estimate import estimate_batch
-from tinyjax.growing import Amplitude, Recipe, Update, grow_site, map_layers, skip_site
+from tinyjax.fitting import Update, map_layers
+from tinyjax.growing import Amplitude, Recipe, grow_site, skip_site
 from tinyjax.info import GrowthInfo, check
 from tinyjax.inputs import Inputs
 from tinyjax.layout import Params

@@ -12,7 +12,7 @@ from tinyjax.flow import ROW_BY_ROW, Flow
 from tinyjax.gating import Gate, Ungated, pair_up
 from tinyjax.geometry import Unaligned, is_rowwise, lay_out
 from tinyjax.norms import find_norm, roles
-from tinyjax.path import Path, Verdict, refusal
+from tinyjax.path import Path, Verdict, readers
 from tinyjax.rowweights import lay_out_weight
 from tinyjax.rules import BETWEEN_ACTIVATIONS, SHARED_HEADS
 from tinyjax.tangent import find_tangent
@@ -52,16 +52,16 @@ def find_layer(model: Dimensions, dimension: Atom, producers: Sequence[Use], con
     try:
         pairs = _with_gates(model, dimension, producers)
     except Ungated as ungated:
-        return refusal(str(ungated))
+        return Verdict(str(ungated))
     for producer, gate in pairs:
         gates = frozenset() if gate is None else frozenset({gate.value})
         flow = Flow(model.graph, model.axes, model.wiring, producer, dimension, gates)
         mine = tuple(c for c in consumers if c.input_value in flow.mixing)
         if sorted(c.leaf for c in mine) != sorted({c.leaf for c in consumers}):
-            return refusal("its consumers do not each read the output of one producer operation once")
+            return Verdict("its consumers do not each read the output of one producer operation once")
         reason = _row_reason(model, producer, mine, flow) or _meeting_reason(model, flow, kernels)
         if reason:
-            return refusal(reason)
+            return Verdict(reason)
         found |= roles(flow)
         accounted |= {meetings[0].op for meetings in flow.met.values()}
         accounted |= {op for ops in flow.counted.values() for op in ops}
@@ -79,23 +79,23 @@ def find_layer(model: Dimensions, dimension: Atom, producers: Sequence[Use], con
         if norm is not None and mine and flow.weights[mine[0].input_value]:
             reason = "its rows are weighted one by one (a mask or a gate?) before or after a batch normalisation"
         if reason:
-            return refusal(reason)
+            return Verdict(reason)
         norms.append(norm)
         try:
             paths.append(_path(model, producer, mine, flow, dimension, gate))
         except Unaligned as unaligned:
-            return refusal(str(unaligned))
+            return Verdict(str(unaligned))
     reached = [id(c) for path in paths for c in path.consumers]
     if len(reached) != len(consumers) or len(set(norms)) > 1:
-        return refusal("its consumers do not each read the output of one producer operation")
+        return Verdict("its consumers do not each read the output of one producer operation")
     known = ("shift", "scale", "counted") + (() if norms[0] is None else ("mean", "var"))
     for leaf, _ in model.leaves[dimension]:
         for op, _ in model.entries.get(leaf, ()):
             if op not in accounted:
-                return refusal(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
+                return Verdict(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
         if model.names[leaf] not in {u.leaf for u in kernels} and found.get(leaf) not in known:
-            return refusal(f"`{model.names[leaf]}` is neither a plain shift nor a plain scale (a normalisation?)")
-    return "", tuple(paths), found, norms[0]
+            return Verdict(f"`{model.names[leaf]}` is neither a plain shift nor a plain scale (a normalisation?)")
+    return Verdict("", tuple(paths), [path.producer for path in paths], readers(paths), found, norms[0])
 
 
 def _with_gates(model: Dimensions, dimension: Atom, producers: Sequence[Use]) -> list[tuple[Use, Gate | None]]:

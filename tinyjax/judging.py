@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tinyjax.atoms import Atom
 from tinyjax.attention import counts_heads, is_turned
@@ -18,8 +18,8 @@ from tinyjax.kinds import (
     recurs,
 )
 from tinyjax.layout import Layout
-from tinyjax.path import Path
-from tinyjax.site import Kernel, Member, Site, Stream
+from tinyjax.path import Path, Verdict
+from tinyjax.site import Kernel, Member, Site
 from tinyjax.trace import MATMULS
 from tinyjax.uses import Use
 
@@ -27,51 +27,34 @@ from tinyjax.uses import Use
 def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
     """The site of one dimension, still without a name, and the ways through it if it can grow."""
     producers, consumers = model.producing.get(dimension, []), model.consuming.get(dimension, [])
-    reason = static_reason(model, dimension, producers, consumers)
-    paths: tuple[Path, ...] = ()
-    found: dict[int, str] = {}
-    norm = None
+    verdict = Verdict(static_reason(model, dimension, producers, consumers))
     scores = score_op(model, dimension)
     whole_heads = counts_heads(model, dimension)
     if whole_heads and dimension not in model.obstructed:
-        reason, paths, found, norm = find_whole_heads(model, dimension)
+        verdict = find_whole_heads(model, dimension)
     elif scores is not None and not consumers and dimension not in model.obstructed:
-        reason, paths, found, norm = find_query_key(model, scores, producers, dimension)
+        verdict = find_query_key(model, scores, producers, dimension)
     elif recurs(model, dimension, producers, consumers):
-        reason, paths, found, norm = find_recurrent_units(model, dimension, producers, consumers)
-    elif not reason:
-        reason, paths, found, norm = find_layer(model, dimension, producers, consumers)
-    stream: Stream | None = None
-    if reason and may_be_stream(model, dimension, consumers):
-        reason, paths, found, stream = find_residual_stream(model, dimension, reason)
-    if paths and stream is not None:
-        producers = [branch.use for branch in paths[0].branches]
-        consumers = [consumer for path in paths for consumer in path.consumers]
-    elif paths and paths[0].pair is not None:
-        producers, consumers = [paths[0].producer], [paths[0].pair.key]
-    elif paths and paths[0].cell is not None:
-        leaves = list(dict.fromkeys(use.leaf for use in producers))
-        made = [use for path in paths if path.cell is not None for use in path.cell.terms.values()]
-        producers = sorted(made, key=lambda use: leaves.index(use.leaf))
-        consumers = [consumer for path in paths for consumer in path.consumers]
-    elif paths:
-        producers = [path.producer for path in paths]
-        consumers = [consumer for path in paths for consumer in path.consumers]
+        verdict = find_recurrent_units(model, dimension, producers, consumers)
+    elif not verdict.reason:
+        verdict = find_layer(model, dimension, producers, consumers)
+    if verdict.reason and may_be_stream(model, dimension, consumers):
+        verdict = find_residual_stream(model, dimension, verdict.reason)
+    reason, paths = verdict.reason, verdict.paths
+    if paths:
+        producers, consumers = verdict.producers, verdict.consumers
     if reason and NORMED not in reason and is_turned(model, producers):
         reason = f"{reason}; {ROTARY}"
-    every = (*producers, *consumers)
-    if paths and paths[0].head is not None:
-        producers, consumers = [paths[0].producer], paths[0].consumers
     gates = [path.gate for path in paths if path.gate is not None]
     pattern = [use for path in paths if path.head is not None for use in (path.head.query, path.head.key)]
     gate_leaf = gates[0].leaf if gates else None
     members = tuple(
-        _member(model, leaf, factor, dimension, found, gate_leaf) for leaf, factor in model.leaves[dimension]
+        _member(model, leaf, factor, dimension, verdict.roles, gate_leaf) for leaf, factor in model.leaves[dimension]
     )
     layers = consumers or producers  # heads are in front of a producer's layers, not of its consumers'
     stack = tuple(layers[0].kernel.factors[f] for f in layers[0].kernel.stack) if layers else ()
     site = Site(
-        name=_heads_name([use.leaf for use in every]) if whole_heads else "",
+        name=_heads_name([use.leaf for use in (*producers, *consumers)]) if whole_heads else "",
         capacity=dimension.size,
         growable=not reason,
         reason=reason,
@@ -79,11 +62,11 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
         producers=_kernels(model, producers, dimension, "cols"),
         consumers=_kernels(model, consumers, dimension, "rows"),
         stack=stack,
-        norm=norm,
-        power=paths[0].pair.power if paths and paths[0].pair is not None else 0.0,
+        norm=verdict.norm,
+        powers=verdict.powers,
         gate=next(iter(_kernels(model, gates, dimension, "cols")), None),
         pattern=_kernels(model, pattern, dimension, "cols"),
-        stream=stream,
+        stream=verdict.stream,
     )
     return site, paths
 
@@ -96,7 +79,7 @@ def _heads_name(leaves: Sequence[str]) -> str:
 
 
 def _member(
-    model: Dimensions, leaf: int, factor: int, dimension: Atom, found: dict[int, str], gate: str | None
+    model: Dimensions, leaf: int, factor: int, dimension: Atom, found: Mapping[int, str], gate: str | None
 ) -> Member:
     _, sizes, numbers = model.factors[leaf]
     name = model.names[leaf]

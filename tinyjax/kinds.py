@@ -8,10 +8,9 @@ from tinyjax.bilinear import find_pair
 from tinyjax.dimensions import Dimensions
 from tinyjax.geometry import Unaligned
 from tinyjax.hidden import find_layer, static_reason
-from tinyjax.path import Path, Verdict, refusal
+from tinyjax.path import Path, Verdict, readers
 from tinyjax.recurrence import find_recurrence
 from tinyjax.rules import BETWEEN_ACTIVATIONS, contraction
-from tinyjax.site import Stream
 from tinyjax.stream import find_stream, num_writers
 from tinyjax.tangent import heads_as_layers, heads_first
 from tinyjax.trace import Op
@@ -32,13 +31,15 @@ def find_recurrent_units(
     try:
         found = find_recurrence(model, dimension, producers, consumers)
     except Unaligned as unaligned:
-        return refusal(f"it recurs, and {unaligned}")
+        return Verdict(f"it recurs, and {unaligned}")
     for leaf, _ in model.leaves[dimension]:
         for op, _ in model.entries.get(leaf, ()):
             if op not in found.seen:
-                return refusal(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
-    paths = (Path(next(iter(cell.terms.values())), readers, cell=cell) for cell, readers in found.cells)
-    return "", tuple(paths), found.found, None
+                return Verdict(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
+    paths = tuple(Path(next(iter(cell.terms.values())), uses, cell=cell) for cell, uses in found.cells)
+    leaves = list(dict.fromkeys(use.leaf for use in producers))
+    terms = [use for cell, _ in found.cells for use in cell.terms.values()]
+    return Verdict("", paths, sorted(terms, key=lambda use: leaves.index(use.leaf)), readers(paths), found.found)
 
 
 def may_be_stream(model: Dimensions, dimension: Atom, consumers: Sequence[Use]) -> bool:
@@ -53,9 +54,7 @@ def may_be_stream(model: Dimensions, dimension: Atom, consumers: Sequence[Use]) 
     return written > 1 or embedding or len({model.wiring.origin(use.input_value) for use in consumers}) > 1
 
 
-def find_residual_stream(
-    model: Dimensions, dimension: Atom, reason: str
-) -> tuple[str, tuple[Path, ...], dict[int, str], Stream | None]:
+def find_residual_stream(model: Dimensions, dimension: Atom, reason: str) -> Verdict:
     """The paths of a residual stream, one for each tensor that is read, or why it cannot grow."""
     try:
         found = find_stream(model, dimension)
@@ -64,10 +63,11 @@ def find_residual_stream(
         plain = count < 2 or "highway" in reason or ("gate" in reason and "residual stream" not in reason)
         # Streams of images never grow: what else is wrong with one says more.
         plain |= "producers" not in reason and any(use.window for use in model.producing.get(dimension, []))
-        return reason if plain else f"{count} producers (a residual stream?): {unaligned}", (), {}, None
+        return Verdict(reason if plain else f"{count} producers (a residual stream?): {unaligned}")
     pairs = zip(found.branches, found.readers)
     paths = tuple(Path(branches[0].use, group, branches=branches) for branches, group in pairs)
-    return "", paths, found.roles, found.stream
+    writers = [branch.use for branch in found.branches[0]]
+    return Verdict("", paths, writers, readers(paths), found.roles, powers=found.powers, stream=found.stream)
 
 
 def find_query_key(model: Dimensions, scores: Op, producers: Sequence[Use], dimension: Atom) -> Verdict:
@@ -75,41 +75,42 @@ def find_query_key(model: Dimensions, scores: Op, producers: Sequence[Use], dime
     try:
         producer, consumer, pair, found, seen = find_pair(model, scores, producers, dimension)
     except Unaligned as unaligned:
-        return refusal(str(unaligned))
+        return Verdict(str(unaligned))
     for leaf, _ in model.leaves[dimension]:
         for op, _ in model.entries.get(leaf, ()):
             if op not in seen:
-                return refusal(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
-    return "", (Path(producer, (consumer,), pair=pair),), found, None
+                return Verdict(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
+    scaled = [layout.leaf for layout in (producer.kernel, producer.bias) if layout is not None and pair.power]
+    powers = tuple((leaf, pair.power) for leaf in scaled)
+    return Verdict("", (Path(producer, (consumer,), pair=pair),), [producer], [pair.key], found, powers=powers)
 
 
 def find_whole_heads(model: Dimensions, dimension: Atom) -> Verdict:
     """The path of whole attention heads, or why none can be added."""
     other = next((why for why in dimension.marks if why != BETWEEN_ACTIVATIONS), "")
     if other:
-        return refusal(f"it counts attention heads, and {other}")
+        return Verdict(f"it counts attention heads, and {other}")
     try:
         op, inner = find_scores(model, dimension)
-        reason, (*scored,), met, _ = find_query_key(model, op, model.producing[inner], inner)
-        if reason:
-            raise Unaligned(f"of its queries and keys: {reason}")
-        query, key = (next(u for u in model.producing[dimension] if u.op is x.op) for x in _pair_uses(scored[0]))
+        scored = find_query_key(model, op, model.producing[inner], inner)
+        if scored.reason:
+            raise Unaligned(f"of its queries and keys: {scored.reason}")
+        pair_uses = _pair_uses(scored.paths[0])
+        query, key = (next(u for u in model.producing[dimension] if u.op is x.op) for x in pair_uses)
         value, inner = value_product(model, dimension, (query.op, key.op))
         producers, consumers = model.producing[inner], model.consuming.get(inner, [])
         reason = static_reason(model, inner, producers, consumers)
-        (*read,), found = (), {}
-        if not reason:
-            reason, (*read,), found, _ = find_layer(model, inner, producers, consumers)
-        if reason or len(read) != 1 or read[0].tangent is None:
-            raise Unaligned(f"of its values: {reason or 'more than one product makes them'}")
-        path = _head_path(model, dimension, inner, op, scored[0], read[0], (query, key, value))
+        read = Verdict(reason) if reason else find_layer(model, inner, producers, consumers)
+        if read.reason or len(read.paths) != 1 or read.paths[0].tangent is None:
+            raise Unaligned(f"of its values: {read.reason or 'more than one product makes them'}")
+        path = _head_path(model, dimension, inner, op, scored.paths[0], read.paths[0], (query, key, value))
     except Unaligned as unaligned:
-        return refusal(f"it counts attention heads; {unaligned}")
-    known = {use.leaf for use in (query, key, value, *path.consumers)}
+        return Verdict(f"it counts attention heads; {unaligned}")
+    known, met = {use.leaf for use in (query, key, value, *path.consumers)}, {**scored.roles, **read.roles}
     for leaf, _ in model.leaves[dimension]:
-        if model.names[leaf] not in known and (met | found).get(leaf) != "shift":
-            return refusal(f"it counts attention heads, and `{model.names[leaf]}` has an entry for each")
-    return "", (path,), met | found, None
+        if model.names[leaf] not in known and met.get(leaf) != "shift":
+            return Verdict(f"it counts attention heads, and `{model.names[leaf]}` has an entry for each")
+    return Verdict("", (path,), [path.producer], path.consumers, met)
 
 
 def _pair_uses(path: Path) -> tuple[Use, Use]:

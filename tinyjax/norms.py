@@ -9,7 +9,8 @@ none.
 from collections.abc import Mapping, Sequence
 
 from tinyjax.axes import Axes
-from tinyjax.flow import Flow, Meeting
+from tinyjax.flow import Flow
+from tinyjax.meetings import Meeting
 from tinyjax.site import Norm
 from tinyjax.trace import VIEWS, Op, Value
 from tinyjax.wiring import Wiring

@@ -1,6 +1,7 @@
 """A way through a site, as discovery leaves it for those who sum along it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxtyping import Array
@@ -10,7 +11,7 @@ from tinyjax.bilinear import Pair
 from tinyjax.geometry import Geometry
 from tinyjax.recurrence import Cell
 from tinyjax.rowweights import RowWeight
-from tinyjax.site import Norm
+from tinyjax.site import Norm, Stream
 from tinyjax.stream import Branch
 from tinyjax.tangent import Tangent
 from tinyjax.uses import Use
@@ -59,10 +60,30 @@ class Path(NamedTuple):
         return taps
 
 
-Verdict = tuple[str, tuple[Path, ...], dict[int, str], Norm | None]
-"""Why a dimension cannot grow ("" if it can), the ways through it, the roles of its vectors, its normalisation."""
+class Verdict(NamedTuple):
+    """What is said of a dimension.
+
+    Attributes:
+        reason: why it cannot grow, "" if it can.
+        paths: the ways through it, none where it cannot.
+        producers: the uses of the kernels that write it.
+        consumers: the uses of the kernels that read it.
+        roles: of the vectors met on the way, by leaf.
+        norm: its batch normalisation, or None.
+        powers: see `Site`.
+        stream: of a residual stream.
+    """
+
+    reason: str = ""
+    paths: tuple[Path, ...] = ()
+    producers: Sequence[Use] = ()
+    consumers: Sequence[Use] = ()
+    roles: Mapping[int, str] = MappingProxyType({})
+    norm: Norm | None = None
+    powers: tuple[tuple[str, float], ...] = ()
+    stream: Stream | None = None
 
 
-def refusal(reason: str) -> Verdict:
-    """A dimension that cannot grow."""
-    return reason, (), {}, None
+def readers(paths: Sequence[Path]) -> list[Use]:
+    """The uses that read, path by path."""
+    return [consumer for path in paths for consumer in path.consumers]

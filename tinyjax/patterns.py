@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.attention import Head, attend_alone
+from tinyjax.attending import attend_alone
+from tinyjax.attention import Head
 from tinyjax.capture import Captured
 from tinyjax.gates import ROWS
 from tinyjax.layout import Params

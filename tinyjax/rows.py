@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tinyjax.attention import Head, collected, tokens_of
+from tinyjax.attending import collected, tokens_of
+from tinyjax.attention import Head
 from tinyjax.capture import Captured, capture
 from tinyjax.layout import Layout, Params
 from tinyjax.path import Path

@@ -7,11 +7,11 @@ summed over, only linear operations with sample-free factors may follow on the w
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from tinyjax.atoms import root, roots
 from tinyjax.axes import Axes
+from tinyjax.constants import at_numbers
 from tinyjax.rules import ELEMENTWISE, RANDOM
 from tinyjax.trace import VIEWS, Graph, Op, Value, behind_loss
 
@@ -69,8 +69,7 @@ def _numbers(graph: Graph, axes: Axes) -> Numbers:
         elif op.name == "iota" or any(v in numbers for v in op.ins):
             entries = [_entries(v, numbers) for v in op.ins]
             if op.eqn is not None and all(e is not None for e in entries):
-                with jax.ensure_compile_time_eval():
-                    numbers[op.outs[0]] = (np.asarray(op.eqn.primitive.bind(*entries, **op.params)),)
+                numbers[op.outs[0]] = (at_numbers(op, entries),)
         elif op.outs[0] in constant and op.name not in ELEMENTWISE | RANDOM | VIEWS | {"broadcast_in_dim"}:
             numbers[op.outs[0]] = (None,)  # `jnp.linspace` and the like
     return numbers

@@ -78,13 +78,10 @@ class Stream:
     Attributes:
         readers: of how many consumers in a row read the same tensor (queries, keys and values), in order.
         normed: whether a root-mean-square norm over the dimension lies before a reader: it sees what a neuron writes.
-        powers: leaves, by path, that `resize` multiplies by a power of new / old capacity, because the norm divides by
-            the capacity.
     """
 
     readers: tuple[int, ...]
     normed: bool
-    powers: tuple[tuple[str, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +101,8 @@ class Site:
         consumers: kernels that contract it; a recurrent kernel is among both.
         stack: lengths of the enclosing scans over layers, outermost first; () for an ordinary site.
         norm: a batch normalisation on the way to the consumers, or None.
-        power: of a query-key dimension whose scores the model multiplies by capacity^-power: `resize` makes up for it.
+        powers: leaves, by path, that `resize` multiplies by a power of new / old capacity: the model divides by one, in
+            the scores of attention or in a root-mean-square norm.
         gate: the kernel whose activation multiplies the producer's output slot by slot (GLU, SwiGLU), or None.
         pattern: for a site of whole attention heads the kernels of queries and keys, its producer being that of the
             values; () elsewhere. Their layers (and the producer's) are the dimensions of a head.
@@ -120,7 +118,7 @@ class Site:
     consumers: tuple[Kernel, ...]
     stack: tuple[int, ...] = ()
     norm: Norm | None = None
-    power: float = 0.0
+    powers: tuple[tuple[str, float], ...] = ()
     gate: Kernel | None = None
     pattern: tuple[Kernel, ...] = ()
     stream: Stream | None = None

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinyjax.atoms import Atom, root, roots
+from tinyjax.constants import at_numbers, is_steep
 from tinyjax.dimensions import Dimensions
-from tinyjax.flow import at_numbers, is_steep
 from tinyjax.geometry import Unaligned
 from tinyjax.rules import ELEMENTWISE
 from tinyjax.trace import Op, Scan, Value

@@ -62,12 +62,14 @@ class Found(NamedTuple):
         branches: for every tensor that is read, all writers in order.
         readers: for every tensor that is read, the products that read it, rows in one order.
         roles: of the vectors on the stream.
+        powers: see `Site`: the norm divides by the capacity.
         stream: for the site.
     """
 
     branches: tuple[tuple[Branch, ...], ...]
     readers: tuple[tuple[Use, ...], ...]
     roles: dict[int, str]
+    powers: tuple[tuple[str, float], ...]
     stream: Stream
 
 
@@ -109,7 +111,7 @@ def find_stream(model: Dimensions, dimension: Atom) -> Found:
             raise Unaligned(f"nothing reads what `{use.leaf}` writes")
     powers = _powers(model, flow, found, [use for use, _ in writers], groups) if divided else ()
     normed = divided is not None
-    return Found(branches, groups, found, Stream(tuple(len(group) for group in groups), normed, powers))
+    return Found(branches, groups, found, powers, Stream(tuple(map(len, groups)), normed))
 
 
 def _require_plain(writers: Sequence[Use], consumers: Sequence[Use]) -> None:

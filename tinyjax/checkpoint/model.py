@@ -32,6 +32,7 @@ def site_from_json(node: Json) -> Site:
             norm=None if node["norm"] is None else Norm(**node["norm"]),
             gate=None if node["gate"] is None else _kernel(node["gate"]),
             pattern=tuple(map(_kernel, node["pattern"])),
+            powers=tuple((leaf, power) for leaf, power in node["powers"]),
             stream=None if node["stream"] is None else _stream(node["stream"]),
         )
     )
@@ -43,8 +44,7 @@ def _kernel(node: Json) -> Kernel:
 
 
 def _stream(node: Json) -> Stream:
-    powers = tuple((leaf, power) for leaf, power in node["powers"])
-    return Stream(tuple(node["readers"]), node["normed"], powers)
+    return Stream(tuple(node["readers"]), node["normed"])
 
 
 def _layout(node: Json) -> Layout:

@@ -120,12 +120,7 @@ def _rescaled(tree: Any, sites: Sites, capacities: Mapping[str, int]) -> Any:
     factors = {}
     for name, capacity in capacities.items():
         site = sites[name]
-        if site.power and capacity != site.capacity:
-            (query,) = site.producers
-            for layout in (query.layout, query.bias):
-                if layout is not None:
-                    factors[layout.leaf] = factors.get(layout.leaf, 1.0) * (capacity / site.capacity) ** site.power
-        for leaf, power in () if site.stream is None else site.stream.powers:
+        for leaf, power in site.powers if capacity != site.capacity else ():
             factors[leaf] = factors.get(leaf, 1.0) * (capacity / site.capacity) ** power
     if not factors:
         return tree

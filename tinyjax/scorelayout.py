@@ -1,0 +1,134 @@
+"""Queries, keys and scores of attention as matrices, and the weights made of the scores."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tinyjax.atoms import Atom, root, roots
+from tinyjax.capture import Address
+from tinyjax.dimensions import Dimensions
+from tinyjax.geometry import Unaligned
+from tinyjax.layout import Layout
+from tinyjax.rules import ELEMENTWISE, REDUCTIONS, contraction
+from tinyjax.trace import Op, Value
+from tinyjax.uses import array_layout
+from tinyjax.wiring import is_view
+
+SAMPLE, HEAD, QUERY_HEAD, TOKEN, KEY = range(5)  # what a factor of the scores counts; KEY: the tokens of the keys
+
+Kind = Callable[[Atom | None, int], int]
+
+
+class Attention(NamedTuple):
+    """The weights that a softmax makes of the scores, where they are found.
+
+    Attributes:
+        address: of the operation that reads them.
+        operand: which operand of it.
+        layout: of the weights, rows in the order of the scores.
+    """
+
+    address: Address
+    operand: int
+    layout: Layout
+
+
+class ScoreLayouts:
+    """Queries, keys and scores as matrices whose rows are (samples, heads, queries a head, tokens)."""
+
+    def __init__(self, model: Dimensions, op: Op, stacked: bool, query_side: int, kind: Kind):
+        self._model, self._op, self._stacked = model, op, stacked
+        key_side = 1 - query_side
+        sides = contraction(op)
+        self.queries, found = self._lay_out("queries", sides.contracted[query_side], query_side, kind)
+        self.keys, key_found = self._lay_out("keys", sides.contracted[key_side], key_side, kind)
+        rank = len(op.outs[0].shape)
+        free = (len(sides.free[0]), len(sides.free[1]))
+        batch = rank - sum(free)
+        left = tuple(range(batch, batch + free[0]))
+        right = tuple(range(batch + free[0], rank))
+        self._key_axes = right if query_side == 0 else left
+        if any(k == TOKEN for d in range(batch) for k in self._kinds(op.outs[0], d, query_side, kind)):
+            raise Unaligned("its scores are taken within windows of tokens")
+        key_kinds = {k for d in self._key_axes for k in self._kinds(op.outs[0], d, key_side, kind)}
+        if not key_kinds <= {TOKEN}:
+            raise Unaligned("its scores have heads of keys that no query has")
+        self._kind, self._side = kind, query_side
+        self.scores, sizes, _ = self._score_layout(op.outs[0], "scores", self._key_axes)
+        self.sizes = (found[SAMPLE], found[HEAD], found[QUERY_HEAD], found[TOKEN], sizes[KEY])
+        self.repeated = key_found[QUERY_HEAD]
+        if key_found[TOKEN] != sizes[KEY] or found[SAMPLE] != key_found[SAMPLE] or found[HEAD] != key_found[HEAD]:
+            raise Unaligned("its queries and keys have other rows than their scores")
+
+    def _kinds(self, value: Value, axis: int, side: int, kind: Kind) -> list[int]:
+        return [kind(atom, side) for atom in roots(self._model.axes[value][axis])]
+
+    def _lay_out(self, name: str, cols: tuple[int, ...], side: int, kind: Kind) -> tuple[Layout, list[int]]:
+        value = self._op.ins[side]
+        rows = tuple(d for d in range(len(value.shape)) if d not in cols)
+        layout, atoms = array_layout(name, self._op, self._stacked, self._model.axes[value], rows, cols)
+        return _sorted(layout, [kind(atoms[f], side) for f in layout.rows])
+
+    def _score_layout(self, value: Value, name: str, key_axes: Sequence[int]) -> tuple[Layout, list[int], list[Atom]]:
+        """The layout, the number of entries of each kind, and what the rows count where they count several."""
+        every = tuple(range(len(value.shape)))
+        layout, atoms = array_layout(name, self._op, self._stacked, self._model.axes[value], every, ())
+        depth = len(self._op.scans)
+        keys = {depth + d for d in key_axes}
+        kinds = [
+            KEY if layout.axes[f] in keys and layout.factors[f] > 1 else self._kind(atoms[f], self._side)
+            for f in layout.rows
+        ]
+        layout, sizes = _sorted(layout, kinds)
+        counted = [root(a) for f in layout.rows if (a := atoms[f]) is not None]
+        return layout, sizes, counted
+
+    def attention(self) -> Attention | None:
+        """The weights in the order of the scores; None where they are not found or their axes are others.
+
+        They are what the first product of activations reads that is computed from scores entry by entry, or normalised.
+        """
+        scores = self._op.outs[0]
+        reached: dict[Value, tuple[int, ...]] = {scores: self._key_axes}
+        for op in self._model.graph.ops[self._model.order[self._op] + 1 :]:
+            hit = [i for i, v in enumerate(op.ins) if v in reached]
+            if hit and op.name == "dot_general":
+                return self._read_by(op, hit[0], reached[op.ins[hit[0]]]) if len(hit) == 1 else None
+            if hit:
+                axes = [moved for i in hit if (moved := _moved(op, i, reached[op.ins[i]])) is not None]
+                reached.update({out: max(axes, key=len) for out in op.outs if axes})
+        return None
+
+    def _read_by(self, op: Op, operand: int, key_axes: tuple[int, ...]) -> Attention | None:
+        if op.scans != self._op.scans or op.inside or not key_axes:
+            return None
+        layout, *rest = self._score_layout(op.ins[operand], "attention", key_axes)
+        _, *wanted = self._score_layout(self._op.outs[0], "scores", self._key_axes)
+        return Attention(op.path, operand, layout) if rest == wanted else None
+
+
+def _sorted(layout: Layout, kinds: Sequence[int]) -> tuple[Layout, list[int]]:
+    """The layout with its rows in the order of their kinds, and the number of entries of each kind."""
+    order = sorted(range(len(kinds)), key=kinds.__getitem__)
+    sizes = [1] * (KEY + 1)
+    for f, which in zip(layout.rows, kinds):
+        sizes[which] *= layout.factors[f]
+    return dataclasses.replace(layout, rows=tuple(layout.rows[i] for i in order)), sizes
+
+
+def _moved(op: Op, operand: int, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where an operation between scores and weights puts some axes of an operand; None where that cannot be said."""
+    before, after = op.ins[operand].shape, op.outs[0].shape
+    if op.name == "transpose":
+        return tuple(op.params["permutation"].index(d) for d in axes)
+    if op.name == "broadcast_in_dim":
+        return tuple(op.params["broadcast_dimensions"][d] for d in axes)
+    if op.name in REDUCTIONS:
+        left = [d for d in range(len(before)) if d not in op.params["axes"]]
+        return tuple(left.index(d) for d in axes if d in left)
+    if op.name in ELEMENTWISE:
+        return axes
+    long, now = [d for d, n in enumerate(before) if n > 1], [d for d, n in enumerate(after) if n > 1]
+    if not is_view(op) or [before[d] for d in long] != [after[d] for d in now] or not set(axes) <= set(long):
+        return None
+    return tuple(now[long.index(d)] for d in axes)
