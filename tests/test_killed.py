@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.xdist_group("killed")  # one process sets up for all
 SCRIPT = Path(__file__).parent / "killed_run.py"
 
 

@@ -13,7 +13,6 @@ import tinyjax
 from experiments import grow
 from experiments.bench import versus_gromo
 
-pytestmark = pytest.mark.xdist_group("readme")  # one process sets up for all
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 

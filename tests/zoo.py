@@ -99,7 +99,7 @@ def linen() -> Model:
             return nn.Dense(3)(x)
 
     net, batch = Net(), data(7, 5)
-    params = f64(net.init(jax.random.key(0), batch["x"]))
+    params = f64(jax.eval_shape(net.init, jax.random.key(0), batch["x"]))
     return Model(mse(net.apply), params, batch, {"Dense_0": 4, "Dense_1": 6})
 
 
@@ -128,7 +128,7 @@ def equinox() -> Model:
 def haiku() -> Model:
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([4, 6, 3], activation=jnp.tanh)(x)))
     batch = data(7, 5)
-    params = f64(net.init(jax.random.key(0), batch["x"]))
+    params = f64(jax.eval_shape(net.init, jax.random.key(0), batch["x"]))
     return Model(mse(net.apply), params, batch, {"mlp/~/linear_0": 4, "mlp/~/linear_1": 6})
 
 
@@ -203,7 +203,7 @@ def dense_general() -> Model:
 
     net, batch = Net(), data(6, 5)
     batch["t"] = batch["t"][:, None]
-    return Model(mse(net.apply), f64(net.init(jax.random.key(0), batch["x"])), batch, {"Dense_0": 4})
+    return Model(mse(net.apply), f64(jax.eval_shape(net.init, jax.random.key(0), batch["x"])), batch, {"Dense_0": 4})
 
 
 @model
@@ -327,7 +327,7 @@ def linen_scan() -> Model:
             return nn.Dense(3)(blocks()(x, None)[0])
 
     net, batch = Net(), data(6, 5)
-    params = f64(net.init(jax.random.key(0), batch["x"]))
+    params = f64(jax.eval_shape(net.init, jax.random.key(0), batch["x"]))
     return Model(mse(net.apply), params, batch, {"ScanBlock_0/Dense_1": 4}, {"ScanBlock_0/Dense_0": "input"})
 
 
@@ -555,7 +555,7 @@ def transformer_block() -> Model:
             return nn.Dense(3, name="head")(nn.LayerNorm()(x))
 
     net, batch = Block(), data(5, 4, 5)
-    params = f64(net.init(jax.random.key(0), batch["x"]))
+    params = f64(jax.eval_shape(net.init, jax.random.key(0), batch["x"]))
     attention = "MultiHeadDotProductAttention_0"
     refused = {"Dense_0": "producers"}
     growable = {"up": 6, f"{attention}/value": 4, f"{attention}/query": 4, f"{attention}/heads": 2}

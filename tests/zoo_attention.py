@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
@@ -69,7 +70,7 @@ def linen(heads: int = 2, mask: bool = True) -> Case:
             return attend(x, mask=causal)
 
     batch = data()
-    params = jitter(Net().init(jax.random.key(1), batch["x"]))
+    params = jitter(jax.jit(Net().init)(jax.random.key(1), batch["x"]))
     return Case(lambda p, b: squared(Net().apply(p, b["x"]), b), params, batch, "attend/value", 3, "attend/query")
 
 
@@ -115,7 +116,7 @@ def grouped(queries: int = 4, groups: int = 2, attend: Callable[..., Any] = by_h
     """Grouped-query attention in plain JAX, causal."""
     shapes = {"q": (FEATURES, queries, 3), "k": (FEATURES, groups, 3), "v": (FEATURES, groups, 3),
               "o": (queries, 3, OUTPUTS)}  # fmt: skip
-    params = jitter({name: jnp.zeros(shape) for name, shape in shapes.items()})
+    params = jitter({name: np.zeros(shape) for name, shape in shapes.items()})
 
     def loss_fn(p: Any, batch: Any) -> Any:
         q, k, v = (jnp.einsum("ntd,dhk->nthk", batch["x"], p[name]) for name in "qkv")
@@ -127,7 +128,7 @@ def grouped(queries: int = 4, groups: int = 2, attend: Callable[..., Any] = by_h
 def shared() -> Case:
     """Multi-query attention by hand: one key and value for all queries; `v` has no head axis."""
     shapes = {"q": (FEATURES, 3, 4), "k": (FEATURES, 4), "v": (FEATURES, 3), "c": (3,), "o": (3, 3, OUTPUTS)}
-    params = jitter({name: jnp.zeros(shape) for name, shape in shapes.items()})
+    params = jitter({name: np.zeros(shape) for name, shape in shapes.items()})
 
     def loss_fn(p: Any, batch: Any) -> Any:
         x = batch["x"]
@@ -142,8 +143,8 @@ def layers() -> Case:
     """Three blocks of two heads in a `scan` over layers, with remat."""
     shapes = {"q": (3, FEATURES, 2, 3), "k": (3, FEATURES, 2, 3), "v": (3, FEATURES, 2, 3), "c": (3, 2, 3),
               "o": (3, 2, 3, FEATURES)}  # fmt: skip
-    params = jitter({name: jnp.zeros(shape) for name, shape in shapes.items()})
-    params = {"blocks": params, "out": jitter(jnp.zeros((FEATURES, OUTPUTS)), 3)}
+    params = jitter({name: np.zeros(shape) for name, shape in shapes.items()})
+    params = {"blocks": params, "out": jitter(np.zeros((FEATURES, OUTPUTS)), 3)}
 
     @jax.checkpoint
     def block(x: Any, p: Any) -> Any:

@@ -188,7 +188,7 @@ def linen_rnn() -> Model:
             return nn.Dense(2)(nn.RNN(nn.SimpleCell(4, param_dtype=jnp.float64))(x)[:, -1])
 
     batch = sequences()
-    params = f64(Net().init(jax.random.key(0), batch["x"]))
+    params = f64(jax.eval_shape(Net().init, jax.random.key(0), batch["x"]))
     return Model(last_target(Net().apply), params, batch, {"SimpleCell_0/i": 4})
 
 
