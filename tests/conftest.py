@@ -12,12 +12,15 @@ from pathlib import Path
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin: on a busy machine they wait for each other
 os.environ["JAX_PLATFORMS"] = "cpu"
-flags = ["--xla_force_host_platform_device_count=4"]
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
-    flags.append("--xla_cpu_parallel_codegen_split_count=1")  # the programs are small, and so are the machines
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        flags.append("--xla_cpu_use_fusion_emitters=false")  # half the time to compile; later releases have no such flag
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+# The programs are small, and so are the machines: each is compiled in one part. XLA's new emitters take twice as long;
+# later releases have no others, and no flag.
+os.environ["XLA_FLAGS"] += (
+    ""
+    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0"
+    else " --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
+)
 # Tests prepare data sets once, inside the checkout, and leave the user's cache alone.
 os.environ.setdefault("TINYJAX_DATA_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "data"))
 
