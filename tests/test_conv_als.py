@@ -44,7 +44,13 @@ def problem(consumer=SAME):
     @jax.jit
     def build(x, h, v):
         sums = conv_sums(x, h, v, SAME, consumer, bias_prev=True, bias=True, offset_gram=True, chunk=4)
-        mean = Moments(**{name: jax.tree.map(lambda s: s.sum(0) / len(x), s) for name, s in sums._asdict().items()})
+        mean = Moments(
+            **{
+                name: jax.tree.map(lambda s: s.sum(0) / len(x), s)
+                for name, s in sums._asdict().items()
+                if name in Moments._fields
+            }
+        )
         return conv_problem(mean, solve(mean.gram, mean.cross))
 
     return build(*data())

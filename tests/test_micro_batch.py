@@ -60,6 +60,43 @@ def test_sums_are_those_of_the_micro_batches(normalised):
         np.testing.assert_allclose(getattr(found, field), getattr(merged, field), rtol=1e-9, atol=1e-12, err_msg=field)
 
 
+def raw_residual(linked, delta):
+    """N~ - P delta of both halves, undivided."""
+    feasible = np.einsum("sodh,hm->sdmo", linked.link, delta)
+    return linked.cross_prev - feasible.reshape(linked.cross_prev.shape)
+
+
+def test_a_projection_takes_the_place_of_the_link(normalised):
+    loss_fn, params, batch, sites = normalised
+    sites = tinyjax.Sites(sites[name] for name in ("first", "second"))
+    ridges = {"none": None, "number": 0.1, "held out": tinyjax.held_out_update}
+
+    @jax.jit
+    def every(p, b):
+        return {
+            name: tinyjax.estimate(loss_fn, p, b, sites, has_aux=True, project=ridge) for name, ridge in ridges.items()
+        }
+
+    found = every(params, batch)
+    for site in sites.names:
+        linked = found["none"][site]
+        for name in ("number", "held out"):
+            projected = found[name][site]
+            assert projected.link is None and projected.cross_asked is None
+            ridge = 0.1 if name == "number" else tinyjax.held_out_update(linked)
+            np.testing.assert_allclose(projected.ridge_update, ridge, rtol=1e-12)
+            expected = raw_residual(linked, tinyjax.best_update(linked, ridge=ridge))
+            np.testing.assert_allclose(projected.cross_prev, expected, rtol=1e-8, atol=1e-10)
+            for field in set(FIELDS) - {"cross_prev", "link"}:
+                np.testing.assert_allclose(getattr(projected, field), getattr(linked, field), rtol=1e-9, atol=1e-12)
+
+
+def test_records_with_a_projection_are_not_merged(normalised):
+    loss_fn, params, batch, sites = normalised
+    with pytest.raises(ValueError, match="without `link`"):
+        tinyjax.estimate(loss_fn, params, iter([batch, batch]), sites["first"], has_aux=True, project=1.0)
+
+
 def conv(x, kernel):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -84,6 +121,13 @@ def test_wide_sites_pass_twice(monkeypatch):
     for field in (*FIELDS[:5], "energy", "cross_asked"):
         np.testing.assert_allclose(getattr(found, field), getattr(whole, field), rtol=1e-9, atol=1e-11, err_msg=field)
     assert np.abs(apart.cross_prev / 8 - whole.cross_prev / 20).max() > 1e-3
+    chosen, at_once = (
+        jax.jit(lambda p, b, c=chunk: tinyjax.estimate(plain_loss, p, b, site, chunk=c, project=0.5))(params, batch)
+        for chunk in (8, None)
+    )
+    for field in (*FIELDS[:5], "energy", "ridge_update"):
+        np.testing.assert_allclose(getattr(chosen, field), getattr(at_once, field), rtol=1e-9, atol=1e-11)
+    assert np.abs(chosen.cross_prev - whole.cross_prev).max() > 1e-3  # not the exact update's
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from tests.conv_oracle import (
     window,
 )
 from tinyjax.pair import Pair, Sizes, by_lags, by_patches, choose
-from tinyjax.patches import conv_sums, linear_move
+from tinyjax.patches import Projection, conv_sums, linear_move
 from tinyjax.shifts import applies
 from tinyjax.window import convolve, patches, pool_mean
 
@@ -108,9 +108,12 @@ def test_without_link_n_is_taken_against_the_residual(name):
         assert_close(getattr(projected, field), getattr(linked, field))
     assert_close(projected.cross_asked, linked.cross_prev)
     assert linked.cross_asked is None
-    own = fast_sums(*data, geo, options=(("link_limit", 0), ("project", lambda g, c: c * 0.1)))
+    own = fast_sums(
+        *data, geo, options=(("link_limit", 0), ("project", lambda g, c: Projection(c.sum(0) * 0.1)), ("asked", False))
+    )
     expected = slow_sums(*data, geo, True, True, 0.1 * np.asarray(linked.cross.sum(0)))["cross_prev"]
     assert_close(own.cross_prev, expected)
+    assert own.cross_asked is None
 
 
 def test_a_dense_layer_has_the_dense_sums():

@@ -8,6 +8,7 @@ from jaxtyping import Array
 from tinyjax.averaging import require_mean
 from tinyjax.gates import search_gates
 from tinyjax.layout import Params
+from tinyjax.methods.update import Ridge
 from tinyjax.passes import Estimate, Step, sums_in_chunks, with_thirds
 from tinyjax.patterns import search_patterns
 from tinyjax.separable import coupling
@@ -35,6 +36,7 @@ def estimate(
     third_moments: int = ...,
     chunk: int | None = ...,
     micro_batch: int | None = ...,
+    project: Ridge | None = ...,
 ) -> Statistics: ...
 @overload
 def estimate(
@@ -51,6 +53,7 @@ def estimate(
     third_moments: int = ...,
     chunk: int | None = ...,
     micro_batch: int | None = ...,
+    project: Ridge | None = ...,
 ) -> dict[str, Statistics]: ...
 def estimate(
     loss_fn: Callable[..., Any],
@@ -66,6 +69,7 @@ def estimate(
     third_moments: int = 0,
     chunk: int | None = None,
     micro_batch: int | None = None,
+    project: Ridge | None = None,
 ) -> Statistics | dict[str, Statistics]:
     """The sums of `Statistics` at the current parameters.
 
@@ -91,6 +95,10 @@ def estimate(
         micro_batch: makes the loss the mean of the losses of so many samples at a time (even; the last may be fewer),
             as accumulated gradients do: a batch normalisation sees a micro-batch, and memory does not grow with the
             batch. A remainder is compiled on its own.
+        project: the ridge of the best update whose residual N is summed against, a number or a function of the record
+            (which has no S and N then) such as `held_out_update`. Convolutions of a batch that passes at once then sum
+            no `link`, by far the dearest of their sums, and nothing else of the usual sums changes; but only methods
+            that start from the residual take such a record, and it cannot be merged. None: sum `link`.
 
     Returns:
         One record for a single `Site`, a dict by site name for several. Sums are float32, or float64 if the model is.
@@ -116,6 +124,7 @@ def estimate(
         third_moments=third_moments,
         chunk=chunk,
         micro_batch=micro_batch,
+        project=project,
     )
     first = 0
     for one in batches:
@@ -126,7 +135,9 @@ def estimate(
         if total and third_moments:
             raise ValueError("third moments belong to the residual of one batch: pass one, not an iterator")
         if total and any(s.link is None for s in found.values()):
-            raise ValueError("a site is too wide for statistics of several batches to be merged: pass one batch")
+            raise ValueError(
+                "statistics without `link` (a site that is too wide, or `project`) cannot be merged: pass one batch"
+            )
         total = {name: merge(total[name], s) if total else s for name, s in found.items()}
     if not total:
         raise ValueError("the iterator of batches is empty" if isinstance(batch, Iterator) else "`sites` is empty")
@@ -147,6 +158,7 @@ def estimate_batch(
     third_moments: int = 0,
     chunk: int | None = None,
     micro_batch: int | None = None,
+    project: Ridge | None = None,
     first: Array | int = 0,
 ) -> Estimate:
     """`estimate` for one batch, with the loss; always by name. `first` is the index of its first sample."""
@@ -171,7 +183,7 @@ def estimate_batch(
     for search, found in ((search_gates, gated), (search_patterns, whole_heads)):
         if found:
             gates |= search(loss_fn, params, some, found, per_site(sites, num_gates), has_aux=has_aux)
-    step = Step(loss_fn, sites, has_aux, energy_matrix or third_moments > 0, offset_gram, null_draws, gates)
+    step = Step(loss_fn, sites, has_aux, energy_matrix or third_moments > 0, offset_gram, null_draws, gates, project)
     if size < num_samples:
         traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
         discovery = discover(traced)

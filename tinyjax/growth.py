@@ -123,7 +123,8 @@ def make_grow_step(
 
     recipe = Recipe(loss_fn, has_aux, method, update, amplitude, update_amplitude, fill, orient)
     wanted_sums = needs(method, fill)
-    options: dict[str, Any] = wanted_sums | {"null_draws": max(null_draws, wanted_sums.get("null_draws", 0))}
+    draws = max(null_draws, wanted_sums.get("null_draws", 0))
+    options: dict[str, Any] = {"project": None if draws else held_out_update} | wanted_sums | {"null_draws": draws}
 
     def statistics_of(params: Params, batch: Any, inputs: Mapping[str, Inputs]) -> dict[str, Statistics]:
         found = estimate_batch(

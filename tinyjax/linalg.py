@@ -144,7 +144,8 @@ def _cholesky(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""]
     """The lower Cholesky factor of C + ridge I, with a ridge of at least the rounding error of the dtype."""
     size = len(matrix)
     ridge = jnp.maximum(jnp.asarray(ridge, matrix.dtype), size * jnp.finfo(matrix.dtype).eps)
-    return lax.linalg.cholesky(matrix + ridge * jnp.eye(size, dtype=matrix.dtype), symmetrize_input=False)
+    # LAPACK reads columns: the transpose of rows is already in its order, and the matrix is symmetric.
+    return lax.linalg.cholesky((matrix + ridge * jnp.eye(size, dtype=matrix.dtype)).T, symmetrize_input=False)
 
 
 def _cholesky_factor(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""]) -> Factor:

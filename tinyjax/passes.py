@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.layout import Params
-from tinyjax.linalg import some_solution
-from tinyjax.patches import LINK_LIMIT
+from tinyjax.methods.update import Ridge
+from tinyjax.patches import LINK_LIMIT, Projection, exact_projection
 from tinyjax.rows import capture_paths
 from tinyjax.rowsums import null_signs
-from tinyjax.site import Sites
+from tinyjax.site import Site, Sites
 from tinyjax.sites import Discovery, discover, paths_of
 from tinyjax.slots import matrices
 from tinyjax.statistics import Pattern, Statistics, keep_half, merge
-from tinyjax.sums import site_sums
+from tinyjax.sums import projection, site_sums
 from tinyjax.thirds import Residual, even_part, find_residual, third_sums
 from tinyjax.trace import Trace, has_samples, map_samples, take_samples, trace
 from tinyjax.window import num_offsets
@@ -52,7 +52,8 @@ class Step(NamedTuple):
     offset_gram: bool
     null_draws: int
     gates: Mapping[str, Array | Pattern]
-    updates: Mapping[str, Array] = MappingProxyType({})  # of wide sites: what N is projected against
+    project: Ridge | None = None
+    updates: Mapping[str, Projection] = MappingProxyType({})  # of wide sites: what N is projected against
     residuals: Mapping[str, Residual] = MappingProxyType({})  # of which to take third moments
 
     def __call__(self, traced: Trace, discovery: Discovery, params: Params, batch: Any, first: Array | int) -> Estimate:
@@ -71,6 +72,7 @@ class Step(NamedTuple):
                 *options,
                 self.gates.get(site.name),
                 self.updates.get(site.name),
+                self.project,
             )
             for site in self.sites
         }
@@ -111,17 +113,27 @@ def sums_in_chunks(
     first: Array | int,
 ) -> Estimate:
     """The sums of all chunks: in one pass, or in two where N has to be projected against the update of all samples."""
+    project, step = step.project, step._replace(project=None)  # a second pass costs more than links do
     scan = partial(_scan, traced=traced, discovery=discovery, params=params, batch=batch, num_samples=num_samples)
     wide = _wide(discovery, step.sites)
     if not wide:
         return scan(step, size=size, first=first)
-    shapes = {site.name: matrices(params, site)[1] for site in step.sites if site.name in wide}
-    updates = {
-        name: jnp.zeros_like(weight, jnp.promote_types(weight.dtype, jnp.float32)) for name, weight in shapes.items()
+    weights = {site.name: matrices(params, site)[1] for site in wide}
+    nothing = {
+        name: Projection(jnp.zeros_like(weight, jnp.promote_types(weight.dtype, jnp.float32)))
+        for name, weight in weights.items()
     }
-    found = scan(step._replace(updates=updates), size=size, first=first).statistics  # only G and M of it are used
-    updates = {name: some_solution(found[name].gram.sum(0), found[name].cross.sum(0)) for name in wide}
-    return scan(step._replace(updates=updates), size=size, first=first)
+    found = scan(step._replace(updates=nothing), size=size, first=first).statistics  # only G and M of it are used
+    updates = {}
+    for site in wide:
+        rule = exact_projection if project is None else partial(projection, project, site, params, num_samples)
+        updates[site.name] = rule(found[site.name].gram, found[site.name].cross)
+    taken = {name: Projection(found.update) for name, found in updates.items()}
+    loss, statistics = scan(step._replace(updates=taken), size=size, first=first)
+    ridges = {name: found.ridge for name, found in updates.items()}
+    return Estimate(
+        loss, {name: dataclasses.replace(s, ridge_update=ridges.get(name)) for name, s in statistics.items()}
+    )
 
 
 def _scan(
@@ -170,9 +182,9 @@ def _merge_all(a: dict[str, Statistics], b: dict[str, Statistics]) -> dict[str, 
     return {name: merge(a[name], b[name]) for name in a}
 
 
-def _wide(discovery: Discovery, sites: Sites) -> list[str]:
+def _wide(discovery: Discovery, sites: Sites) -> list[Site]:
     """The sites whose `link` would be too large, so that all samples must pass before N is projected."""
-    names = []
+    wide = []
     for site in sites:
         for path in discovery.paths.get(site.name, ()):
             if path.geometry is None:
@@ -180,6 +192,6 @@ def _wide(discovery: Discovery, sites: Sites) -> list[str]:
             producer, consumer = path.producer.kernel, path.consumers[0].kernel
             inputs, hidden = (math.prod(k.factors[f] for f in k.rows) for k in (producer, consumer))
             if num_offsets(path.geometry.consumer) * inputs * hidden > LINK_LIMIT:
-                names.append(site.name)
+                wide.append(site)
                 break
-    return names
+    return wide

@@ -35,6 +35,24 @@ class Sums(NamedTuple):
     null: Null | None = None
     offset_gram: Array | None = None
     gram_out: Array | None = None
+    ridge_update: Array | None = None
+
+
+class Projection(NamedTuple):
+    """What N is summed against where no `link` is formed.
+
+    Attributes:
+        update: (H, M) of the consumer.
+        ridge: () at which it is the best update; None: exactly.
+    """
+
+    update: Array
+    ridge: Array | None = None
+
+
+def exact_projection(gram: Array, cross: Array) -> Projection:
+    """The best update (eq. 41) of both halves, from G (2, H, H) and M (2, H, M)."""
+    return Projection(some_solution(gram.sum(0), cross.sum(0)))
 
 
 def conv_sums(
@@ -51,7 +69,8 @@ def conv_sums(
     offset_gram: bool = False,
     chunk: int | None = None,
     link_limit: int = LINK_LIMIT,
-    project: Callable[[Array, Array], Array] = some_solution,
+    project: Callable[[Array, Array], Projection] = exact_projection,
+    asked: bool = True,
     way: Callable[[Pair, Sizes, int | None], Way] = choose,
     signs: Array | None = None,
 ) -> Sums:
@@ -69,8 +88,7 @@ def conv_sums(
     same r holds after a pooling, which only changes what a patch is; after global pooling O is 1, and r with it.
 
     Where `link` would have more than `link_limit` entries, `cross_prev` is projected instead: a first pass gives G and
-    M of all samples, `project` an update from them, and a second pass sums patches against what the update leaves. N~
-    itself is then summed by a pass of its own, which the compiler drops where nothing uses it.
+    M of all samples, `project` an update from them, and a second pass sums patches against what the update leaves.
 
     Args:
         x: (n, *space0, C_in) input of the producer.
@@ -85,8 +103,9 @@ def conv_sums(
         offset_gram: also give the sum over output pixels of what two offsets read, of which S is a bound.
         chunk: samples a pass; default as many as keep the temporaries small.
         link_limit: largest number of entries O D H for which `link` is formed.
-        project: (G (H, H), M (H, M)) -> update (H, M) that is taken out of `v` where `link` is not formed; default
+        project: (G (2, H, H), M (2, H, M)) -> the update that is taken out of `v` where `link` is not formed; default
             the best update, eq. 41. A caller with more samples than these must pass the update of all of them.
+        asked: there also sum N~ itself, in a pass of its own.
         way: `by_patches`, `by_lags`, or the choice between them by shape.
         signs: (R, n) of each sample in each null draw; None for no null sums.
 
@@ -130,21 +149,22 @@ def conv_sums(
     def projected(x: Array, h: Array, v: Array, live: Array):
         return chosen.producer(x, None, _residual(h, v, live, delta, pair), live)
 
-    def asked(x: Array, h: Array, v: Array, live: Array):
+    def unprojected(x: Array, h: Array, v: Array, live: Array):
         del h
         return chosen.producer(x, None, v, live)
 
-    cross_asked = None
+    cross_asked, ridge_update = None, None
     if linked:
         ((gram, cross), energy), produced = _by_half(both, (x, h, v), chosen.chunk, both_done)
     elif signs is not None:
         raise ValueError("this site is too wide for null draws: its `link` would not fit")
     else:
         (gram, cross), energy = _by_half(consumer_part, (x, h, v), chosen.chunk, consumer_done)
-        delta = project(gram.sum(0), cross.sum(0))
+        delta, ridge_update = project(gram, cross)
         produced = _by_half(projected, (x, h, v), chosen.chunk, chosen.producer_done)
-        _, cross_asked, _ = _by_half(asked, (x, h, v), chosen.chunk, chosen.producer_done)
-        cross_asked = cross_asked.reshape(2, inputs, -1)
+        if asked:
+            _, cross_asked, _ = _by_half(unprojected, (x, h, v), chosen.chunk, chosen.producer_done)
+            cross_asked = cross_asked.reshape(2, inputs, -1)
     gram_prev, cross_prev, link = produced
     identity = jnp.eye(offsets, dtype=dtype)
 
@@ -171,6 +191,7 @@ def conv_sums(
         cross_asked=cross_asked,
         null=null,
         offset_gram=_offset_gram(pair, sizes, (x, h, v), chunk, inputs) if offset_gram else None,
+        ridge_update=ridge_update,
     )
 
 

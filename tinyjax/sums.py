@@ -1,6 +1,8 @@
 """From captured arrays to the record of sums of one site."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +11,16 @@ from jaxtyping import Array
 from tinyjax.bilinear import Pair
 from tinyjax.capture import Captured
 from tinyjax.layout import Params
-from tinyjax.linalg import matmul, some_solution
-from tinyjax.patches import Sums, conv_sums
+from tinyjax.linalg import matmul, solve
+from tinyjax.methods.update import Ridge, resolve
+from tinyjax.patches import Projection, Sums, conv_sums
 from tinyjax.path import Path
 from tinyjax.rows import captured_matrix, head_inputs, path_rows, read_shares
 from tinyjax.rowsums import halves, row_sums, tangent_sums, with_constant
 from tinyjax.scores import score_sums
 from tinyjax.site import Site
 from tinyjax.slots import consumers_have_bias, matrices, producers_have_bias, width
-from tinyjax.statistics import Pattern, Statistics
+from tinyjax.statistics import Pattern, Statistics, moments
 from tinyjax.tangent import carry
 from tinyjax.writers import brought, side_by_side
 
@@ -32,19 +35,25 @@ def site_sums(
     signs: Array | None = None,
     offset_gram: bool = False,
     gates: Array | Pattern | None = None,
-    update: Array | None = None,
+    update: Projection | None = None,
+    project: Ridge | None = None,
 ) -> Statistics:
     """The record of one site from what its paths captured; a leaf used twice adds its rows.
 
     With `signs` (R, n) also its null sums. With `gates` (*stack, B, C), the record of a gated unit for these gates;
     without, as if its gate were 1. With a `Pattern`, that of these new heads; without, of one that attends uniformly.
-    Where no `link` is formed, N is projected against `update`; None: against the best one of these samples.
+    Where no `link` is formed, N is projected against `update`; None: against the best one of these samples. With
+    `project`, its ridge, convolutions form no `link`, nor N~.
 
     Raises:
         ValueError: for a kernel used more than once at a site too wide for its `link` to be kept.
     """
     shares = read_shares(site, paths)
-    options = num_samples, energy_matrix, signs, offset_gram, gates, update, shares
+    conv: dict[str, Any] = {} if update is None else {"project": lambda gram, cross: update}
+    if project is not None and len(paths) == 1:
+        once = partial(projection, project, site, params, num_samples)
+        conv = {"project": once, "asked": False, "link_limit": 0} | conv
+    options = num_samples, energy_matrix, signs, offset_gram, gates, conv, shares
     parts = [_path_sums(site, path, captured, *options) for path in paths]
     grams, reads = None, None
     if site.stream is not None:
@@ -60,7 +69,7 @@ def site_sums(
         weight_prev = jnp.moveaxis(weight_prev, -3, -2).reshape(*lead, inputs, -1)
     dtype = total.energy.dtype
     return Statistics(
-        count=jnp.broadcast_to(jnp.array([(num_samples + 1) // 2, num_samples // 2], dtype), (*site.stack, 2)),
+        count=jnp.broadcast_to(_counts(num_samples, dtype), (*site.stack, 2)),
         **total._asdict(),
         weight_prev=weight_prev.astype(dtype),
         weight=weight.astype(dtype),
@@ -76,6 +85,33 @@ def site_sums(
     )
 
 
+def projection(ridge: Ridge, site: Site, params: Params, num_samples: int, gram: Array, cross: Array) -> Projection:
+    """The best update at a ridge, which may be chosen from G (2, H, H) and M (2, H, M); S and N are empty then."""
+    weight_prev, weight = (matrix.astype(gram.dtype) for matrix in matrices(params, site))
+    record = Statistics(
+        count=_counts(num_samples, gram.dtype),
+        gram_prev=jnp.zeros((2, 0, 0), gram.dtype),
+        cross_prev=jnp.zeros((2, 0, 0), gram.dtype),
+        gram=gram,
+        cross=cross,
+        link=None,
+        energy=jnp.zeros((2,), gram.dtype),
+        energy_matrix=None,
+        weight_prev=weight_prev,
+        weight=weight,
+        width=width(params, site),
+        bias_prev=producers_have_bias(site),
+        bias=consumers_have_bias(site),
+    )
+    mean, value = moments(record), jnp.asarray(resolve(ridge, record), gram.dtype)
+    return Projection(solve(mean.gram, mean.cross, value), value)
+
+
+def _counts(num_samples: int, dtype: Any) -> Array:
+    """How many samples are even, and odd."""
+    return jnp.array([(num_samples + 1) // 2, num_samples // 2], dtype)
+
+
 def _path_sums(
     site: Site,
     path: Path,
@@ -85,7 +121,7 @@ def _path_sums(
     signs: Array | None,
     offset_gram: bool,
     gates: Array | Pattern | None,
-    update: Array | None,
+    conv: Mapping[str, Any],
     shares: tuple[float, ...] | None,
 ) -> Sums:
     """The sums of one path: rows with rows, or images through their windows."""
@@ -146,8 +182,8 @@ def _path_sums(
         bias=bias,
         energy_matrix=energy_matrix,
         offset_gram=offset_gram,
-        project=some_solution if update is None else lambda gram, cross: update,
         signs=signs,
+        **conv,
     )
 
 

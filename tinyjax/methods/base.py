@@ -22,6 +22,9 @@ Method = Callable[..., "Neurons"]
 _F = TypeVar("_F", bound=Callable[..., Any])
 T = TypeVar("T")
 
+# What methods need that take the goal as it is, or another residual: sums that were not projected on the way.
+UNPROJECTED: Mapping[str, Any] = MappingProxyType({"project": None})
+
 
 class Neurons(NamedTuple):
     """New neurons, before their amplitude.
@@ -110,7 +113,9 @@ def is_stochastic(method: Method) -> bool:
 
 
 def needs(*functions: Callable[..., Any] | None) -> dict[str, Any]:
-    """The options of `estimate` that functions of statistics declare to need; the larger where two ask for a number.
+    """The options of `estimate` that functions of statistics declare to need.
+
+    The larger where two ask for a number, and None where one needs an option left out.
 
     Example:
         >>> methods.needs(tinyjax.fisher_tiny, tinyjax.random0)
@@ -119,7 +124,9 @@ def needs(*functions: Callable[..., Any] | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for function in functions:
         wanted: Mapping[str, Any] = {} if function is None else declared(function, "needs", default={})
-        found |= {name: max(value, found.get(name, value)) for name, value in wanted.items()}
+        for name, value in wanted.items():
+            other = found.get(name, value)
+            found[name] = None if value is None or other is None else max(value, other)
     return found
 
 
