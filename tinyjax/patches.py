@@ -263,14 +263,17 @@ def _by_half(function: Callable, arrays: tuple[Array, ...], chunk: int, done: Ca
         x = jnp.pad(x, [(0, 2 * size * num_chunks - num_samples)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(num_chunks, size, 2, *x.shape[1:])
 
-    def total(index: Array):
-        half = [jax.lax.dynamic_index_in_dim(x, index, 2, keepdims=False) for x in cuts]
+    def chunk_of(half: Array, index: Array) -> list[Array]:
+        at = [jax.lax.dynamic_slice(x, (index, 0, half, *[0] * (x.ndim - 3)), (1, size, 1, *x.shape[3:])) for x in cuts]
+        return [x.reshape(size, *x.shape[3:]) for x in at]
+
+    def total(half: Array):
         if num_chunks == 1:
-            return done(function(*(x[0] for x in half)))
-        shapes = jax.eval_shape(function, *(x[0] for x in half))
+            return done(function(*chunk_of(half, jnp.zeros_like(half))))
+        shapes = jax.eval_shape(lambda: function(*chunk_of(half, half)))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        add = lambda sums, xs: (jax.tree.map(jnp.add, sums, function(*xs)), None)  # noqa: E731
-        return done(jax.lax.scan(add, zeros, half)[0])
+        add = lambda sums, index: (jax.tree.map(jnp.add, sums, function(*chunk_of(half, index))), None)  # noqa: E731
+        return done(jax.lax.scan(add, zeros, jnp.arange(num_chunks))[0])
 
     cuts = [cut(x) for x in (*arrays, jnp.ones(num_samples, arrays[0].dtype) if kept is None else kept)]
     return jax.lax.map(total, jnp.arange(2))
