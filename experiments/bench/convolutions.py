@@ -5,8 +5,8 @@
 Two 3x3 SAME convolutions with biases, C channels throughout, 16x16 images, n = 128, float32. The dense operations are
 those of products of patches: D^2 for S, D M O for N, H^2 for G, H M for M and for the residual, each times n and the
 number of pixels. `speed` is the time of one product of that many operations over the time of all sums: 1 is the speed
-of the product. N is summed against the residual, as growths do; `--link` sums P instead (O D H operations more), which makes
-records that can be merged.
+of the product. N is summed against the residual, as growths do; `--link` sums P instead (O D H operations more): only
+records with P can be merged.
 
 A second part shows growth of cost: time against n and against the width, temporary memory against n.
 """
