@@ -1,12 +1,14 @@
 """Statistics against loops over samples and positions, chunks, iterators, and misuse."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
 
-from tinyjax.estimate import estimate
+from tinyjax.estimate import estimate, estimate_batch
 from tinyjax.sites import find_sites
 from tinyjax.statistics import merge
 
@@ -71,6 +73,34 @@ def test_chunks_with_every_remainder(n):
     site = site_of(LOSS, params, batch)
     whole = estimate(LOSS, params, batch, site)
     assert_same(jax.jit(lambda p, b: estimate(LOSS, p, b, site, chunk=4))(params, batch), whole)
+
+
+def test_what_is_small_passes_at_once(monkeypatch):
+    """A pass over all samples where the loss computes few numbers, chunks where it computes many: the same sums."""
+    params, batch = zoo.two_layers(), zoo.data(2050, 5)
+    site = site_of(LOSS, params, batch)
+    estimator = importlib.import_module("tinyjax.estimate")
+
+    def lowered():
+        step = jax.jit(lambda p, b: estimate(LOSS, p, b, site))
+        return step(params, batch), "while" in step.lower(params, batch).as_text()
+
+    at_once, loops_at_once = lowered()
+    monkeypatch.setattr(estimator, "AT_ONCE", 1000)
+    in_chunks, loops_in_chunks = lowered()
+    assert loops_in_chunks and not loops_at_once
+    assert_same(at_once, in_chunks)
+
+
+def test_sums_that_are_not_asked_for_are_not_formed():
+    params, batch = zoo.two_layers(), zoo.data(8, 5)
+    site = site_of(LOSS, params, batch)
+    step = jax.jit(lambda p, b, asked: estimate_batch(LOSS, p, b, site, asked={"w": asked}).statistics["w"])
+    assert_same(step(params, batch, True), estimate(LOSS, params, batch, site))
+    left_out = step(params, batch, False)
+    np.testing.assert_allclose(left_out.energy, step(params, batch, True).energy, rtol=1e-12)
+    assert not left_out.gram_prev.any() and not left_out.cross_prev.any()
+    np.testing.assert_array_equal(left_out.count, [4, 4])
 
 
 def test_batches_add():

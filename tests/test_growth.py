@@ -94,6 +94,19 @@ def test_one_trace_serves_a_whole_schedule():
     assert [int(tinyjax.width(params, s)) for s in sites] == [START + 6, START + 6]
 
 
+def test_a_site_that_is_not_asked_reports_its_goal_and_changes_nothing_for_the_other():
+    params, batch, sites = make()
+    both = tinyjax.make_grow_step(loss_fn, sites, num_neurons=3)
+    alone = tinyjax.make_grow_step(loss_fn, sites["1"], num_neurons=3)
+    one, info = both(params, batch, jax.random.key(0), {"1": 3})
+    other, only = alone(params, batch, jax.random.key(0))
+    assert info.status["0"] == tinyjax.Status.SKIPPED
+    asked = tinyjax.estimate(loss_fn, params, jax.tree.map(lambda x: x[:72], batch), sites["0"])
+    np.testing.assert_allclose(info.psi_before["0"], tinyjax.moments(asked).energy, rtol=1e-10)
+    for field in ("psi_before", "psi_after", "gain_held_out", "loss_after"):
+        np.testing.assert_allclose(getattr(info, field)["1"], getattr(only, field)["1"], rtol=1e-9)
+
+
 def test_inside_jit_and_scan_with_training_steps():
     params, batch, sites = make()
     grow_step = tinyjax.make_grow_step(loss_fn, sites, num_neurons=2)

@@ -16,9 +16,10 @@ from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import discover
 from tinyjax.slots import per_site, require_growable
 from tinyjax.statistics import Pattern, Statistics, merge
-from tinyjax.trace import batch_size, take_samples, trace
+from tinyjax.trace import batch_size, num_numbers, take_samples, trace
 
 DEFAULT_CHUNK = 1024
+AT_ONCE = 2**24  # numbers that a loss may compute for its batch to be looked at in one pass: 64 MiB in float32
 
 
 @overload
@@ -90,8 +91,9 @@ def estimate(
             such sites or by name.
         third_moments: R, also sum (w'v) b_prev b_prev' for the R outputs w in which the residual v is largest, in a
             second pass over the batch (`second_order` needs 4).
-        chunk: samples a pass, even; default at most `DEFAULT_CHUNK`, or the whole batch where the loss couples its
-            samples: one capture then, in which only the sums over patches pass by chunks.
+        chunk: samples a pass, even; default at most `DEFAULT_CHUNK`, or the whole batch where the loss computes no more
+            than `AT_ONCE` numbers for it or couples its samples: one capture then, in which only the sums over patches
+            pass by chunks.
         micro_batch: makes the loss the mean of the losses of so many samples at a time (even; the last may be fewer),
             as accumulated gradients do: a batch normalisation sees a micro-batch, and memory does not grow with the
             batch. A remainder is compiled on its own.
@@ -159,9 +161,13 @@ def estimate_batch(
     chunk: int | None = None,
     micro_batch: int | None = None,
     project: Ridge | None = None,
+    asked: Mapping[str, Array] | None = None,
     first: Array | int = 0,
 ) -> Estimate:
-    """`estimate` for one batch, with the loss; always by name. `first` is the index of its first sample."""
+    """`estimate` for one batch, with the loss; always by name.
+
+    `first` is the index of its first sample. The sums of a site whose `asked` () is false are zeros but for the energy.
+    """
     if null_draws < 0:
         raise ValueError(f"`null_draws` must be >= 0, got {null_draws}")
     if third_moments < 0:
@@ -183,8 +189,10 @@ def estimate_batch(
     for search, found in ((search_gates, gated), (search_patterns, whole_heads)):
         if found:
             gates |= search(loss_fn, params, some, found, per_site(sites, num_gates), has_aux=has_aux)
-    step = Step(loss_fn, sites, has_aux, energy_matrix or third_moments > 0, offset_gram, null_draws, gates, project)
-    if size < num_samples:
+    sums = energy_matrix or third_moments > 0, offset_gram, null_draws
+    step = Step(loss_fn, sites, has_aux, *sums, gates, project, asked=asked or {})
+    whole = trace(loss_fn, params, batch, has_aux=has_aux)
+    if size < num_samples and not (chunk is None and micro_batch is None and num_numbers(whole) <= AT_ONCE):
         traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
         discovery = discover(traced)
         coupled = coupling(discovery.graph, discovery.axes) if micro_batch is None else ""
@@ -198,11 +206,10 @@ def estimate_batch(
                 return sums_in_chunks(step, traced, discovery, params, batch, num_samples, size, first)
 
             return in_chunks(step) if not third_moments else with_thirds(step, in_chunks, discovery, third_moments)
-    traced = trace(loss_fn, params, batch, has_aux=has_aux)
-    discovery = discover(traced)
+    discovery = discover(whole)
 
     def at_once(step: Step) -> Estimate:
-        return step(traced, discovery, params, batch, first)
+        return step(whole, discovery, params, batch, first)
 
     return at_once(step) if not third_moments else with_thirds(step, at_once, discovery, third_moments)
 

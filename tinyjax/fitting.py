@@ -21,6 +21,7 @@ from tinyjax.methods import (
     update_gain,
     with_ridges,
 )
+from tinyjax.methods.base import declared
 from tinyjax.site import Site
 from tinyjax.statistics import Statistics, half, keep_halves, moments
 
@@ -59,6 +60,7 @@ def fit(
     """
     statistics, basis = orthonormal(statistics)
     statistics = with_ridges(statistics)
+    born_empty = declared(method, "function_preserving", default=True)  # a side may be empty, as far as is known
 
     def fit_part(part: Array) -> tuple[Neurons, Neurons, Array | None]:
         kept = keep_halves(statistics, (part == 0) | (jnp.arange(2) == part - 1))
@@ -66,7 +68,8 @@ def fit(
         neurons = call(method, num_neurons, kept, key)
         if neurons.delta is not None and delta is not None:
             raise ValueError("the method brings its own update of the consumer: pass `update=None` to `make_grow_step`")
-        return neurons, refit(kept, _linear(neurons), delta), delta
+        linear = _linear(neurons)
+        return neurons, refit(kept, linear, delta) if born_empty else linear, delta
 
     neurons, refitted, deltas = jax.lax.map(fit_part, jnp.arange(3))
 

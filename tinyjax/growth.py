@@ -126,7 +126,9 @@ def make_grow_step(
     draws = max(null_draws, wanted_sums.get("null_draws", 0))
     options: dict[str, Any] = {"project": None if draws else held_out_update} | wanted_sums | {"null_draws": draws}
 
-    def statistics_of(params: Params, batch: Any, inputs: Mapping[str, Inputs]) -> dict[str, Statistics]:
+    def statistics_of(
+        params: Params, batch: Any, inputs: Mapping[str, Inputs], asked: Mapping[str, Array]
+    ) -> dict[str, Statistics]:
         found = estimate_batch(
             loss_fn,
             params,
@@ -135,6 +137,7 @@ def make_grow_step(
             has_aux=has_aux,
             micro_batch=estimate_micro_batch,
             num_gates=counts,
+            asked=asked,
             **options,
         )
         return {name: _with_inputs(name, s, inputs.get(name)) for name, s in found.statistics.items()}
@@ -160,13 +163,14 @@ def make_grow_step(
         inputs: Mapping[str, Inputs],
     ) -> tuple[Any, ...]:
         parts = _parts(loss_fn, params, batch, sites, has_aux)
-        found = statistics_of(params, parts.estimation, inputs)
+        asked = {name: k > 0 for name, k in neurons.items()} if len(sites) > 1 else {}
+        found = statistics_of(params, parts.estimation, inputs, asked)
         squares = squares_of(params, parts.estimation)
         current = recipe.loss(params, parts.whole)
         rows = {}
         for index, site in enumerate(sites):
             if refresh and index:
-                found = statistics_of(params, parts.estimation, inputs)
+                found = statistics_of(params, parts.estimation, inputs, asked)
                 squares = squares_of(params, parts.estimation)
             site_key = None if key is None else jax.random.fold_in(key, index)
             exact = squares.get(site.name)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.capture import Captured
 from tinyjax.layout import Params
 from tinyjax.methods.update import Ridge
 from tinyjax.patches import LINK_LIMIT, Projection, exact_projection
@@ -23,7 +24,7 @@ from tinyjax.rowsums import null_signs
 from tinyjax.site import Site, Sites
 from tinyjax.sites import Discovery, discover, paths_of
 from tinyjax.slots import matrices
-from tinyjax.statistics import Pattern, Statistics, keep_half, merge
+from tinyjax.statistics import Pattern, Statistics, energy_alone, keep_half, merge
 from tinyjax.sums import projection, site_sums
 from tinyjax.thirds import Residual, even_part, find_residual, third_sums
 from tinyjax.trace import Trace, has_samples, map_samples, take_samples, trace
@@ -55,6 +56,7 @@ class Step(NamedTuple):
     project: Ridge | None = None
     updates: Mapping[str, Projection] = MappingProxyType({})  # of wide sites: what N is projected against
     residuals: Mapping[str, Residual] = MappingProxyType({})  # of which to take third moments
+    asked: Mapping[str, Array] = MappingProxyType({})  # whether a site's sums are wanted at all; default: they are
 
     def __call__(self, traced: Trace, discovery: Discovery, params: Params, batch: Any, first: Array | int) -> Estimate:
         """The sums of these samples, of which `first` is the index of the first."""
@@ -63,24 +65,26 @@ class Step(NamedTuple):
         num_samples = traced.num_samples
         signs = null_signs(self.null_draws, first, num_samples) if self.null_draws else None
         options = num_samples, self.energy_matrix, signs, self.offset_gram
+
+        def sums_of(site: Site, captured: Captured) -> Statistics:
+            chosen = self.gates.get(site.name), self.updates.get(site.name), self.project
+            return site_sums(params, site, paths[site.name], captured, *options, *chosen)
+
         sums = {
-            site.name: site_sums(
-                params,
-                site,
-                paths[site.name],
-                captured,
-                *options,
-                self.gates.get(site.name),
-                self.updates.get(site.name),
-                self.project,
-            )
-            for site in self.sites
+            site.name: _if_asked(self.asked.get(site.name), partial(sums_of, site), captured) for site in self.sites
         }
         for site in self.sites:
             if (residual := self.residuals.get(site.name)) is not None:
                 third = third_sums(site, paths[site.name], captured, num_samples, residual)
                 sums[site.name] = dataclasses.replace(sums[site.name], third_moments=third)
         return Estimate(captured.loss, sums)
+
+
+def _if_asked(asked: Array | None, sums: Callable[[Captured], Statistics], captured: Captured) -> Statistics:
+    """The sums; zeros but for the energy where they are not asked for."""
+    if asked is None:
+        return sums(captured)
+    return jax.lax.cond(asked, sums, lambda found: energy_alone(sums(found)), captured)
 
 
 def with_thirds(step: Step, sums: Callable[[Step], Estimate], discovery: Discovery, num_outputs: int) -> Estimate:

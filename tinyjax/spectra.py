@@ -76,7 +76,8 @@ def decompose(gram: Array, count: Array) -> Spectra:
         values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
         return Spectrum(values, vectors, inverse_scale)
 
-    spectra = jax.lax.map(spectrum, means)  # a batched LAPACK call may lock up, see `methods.ridge.choose`
+    # One call each, which run side by side: a batched LAPACK call may lock up, see `methods.ridge.choose`.
+    spectra = jax.tree.map(lambda *each: jnp.stack(each), *map(spectrum, means))
     turned = [
         matmul(vectors.T * scale.T, matmul(mean, scale * vectors))
         for vectors, scale, mean in zip(spectra.vectors, spectra.inverse_scale, means[1::-1])

@@ -261,6 +261,17 @@ def keep_half(statistics: Statistics, index: int) -> Statistics:
     return keep_halves(statistics, jnp.arange(2) == index)
 
 
+def energy_alone(statistics: Statistics) -> Statistics:
+    """The statistics with zeros for all sums but the energy, so that the compiler forms no others."""
+    kept = ("count", "energy")
+
+    def value(name: str) -> Array | None:
+        found = getattr(statistics, name)
+        return found if name in kept else jax.tree.map(jnp.zeros_like, found)
+
+    return _replace_sums(statistics, value)
+
+
 def keep_halves(statistics: Statistics, kept: Array) -> Statistics:
     """The statistics of the halves marked in `kept` (2,) booleans; the others are empty.
 

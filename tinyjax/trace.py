@@ -6,6 +6,7 @@ call-like primitives, where a sub-jaxpr is kept, how `scan` counts its operands)
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -244,6 +245,23 @@ def subjaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]]:
     """The jaxpr of a call-like equation, and its constants."""
     inner = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params)
     return open_jaxpr(inner)
+
+
+def num_numbers(traced: Trace) -> int:
+    """How many numbers the loss computes on its way, turns of scans counted."""
+    return _numbers(traced.jaxpr.jaxpr)
+
+
+def _numbers(jaxpr: Jaxpr) -> int:
+    return sum(_numbers_of(eqn) for eqn in jaxpr.eqns)
+
+
+def _numbers_of(eqn: JaxprEqn) -> int:
+    parts = [part for value in eqn.params.values() for part in (value if isinstance(value, tuple) else (value,))]
+    inner = [open_jaxpr(part)[0] for part in parts if isinstance(part, Jaxpr | ClosedJaxpr)]
+    if not inner:
+        return sum(math.prod(getattr(out.aval, "shape", ())) for out in eqn.outvars)
+    return eqn.params.get("length", 1) * max(map(_numbers, inner))
 
 
 def open_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
