@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tinyjax
 from tests.oracles import conv_record, make_conv_site, make_samples, record
 from tinyjax import methods
 
@@ -200,6 +201,24 @@ def test_methods_declare_the_sums_they_need():
     assert methods.needs(functools.partial(methods.fisher_tiny, output_ridge=0.1)) == {"energy_matrix": True}
     both = methods.completed(methods.fisher_tiny, methods.second_order, useful=methods.within_significance)
     assert methods.needs(both) == {"energy_matrix": True, "third_moments": 4, "null_draws": 19}
+
+
+def test_where_methods_start_from_the_residual_of_the_best_update():
+    """Known of library methods with the ridges they come with; of no other can a growth leave the link out."""
+    common, usual = methods.common_residual, methods.held_out_update
+    assert common(methods.tiny0, methods.random0) is usual
+    assert common(methods.completed(methods.tiny, methods.random0), None) is usual
+    assert common(tinyjax.normalized(methods.tiny, alpha=1.0)) is usual
+    own = functools.partial(methods.tiny, ridge=0.0)
+    for other in (
+        own,
+        tinyjax.normalized(own, alpha=1.0),
+        functools.partial(own, key=None),
+        methods.completed(own, methods.random0),
+    ):
+        assert common(other, methods.random0) is None
+    for other in (methods.gradmax, methods.tiny_joint, methods.tiny_unprojected, lambda statistics, **kwargs: None):
+        assert common(methods.tiny, other) is None
 
 
 def test_joint_refuses_convolutions():

@@ -91,6 +91,21 @@ def test_a_projection_takes_the_place_of_the_link(normalised):
                 np.testing.assert_allclose(getattr(projected, field), getattr(linked, field), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("options", "linked"),
+    [({}, False), ({"method": partial(tinyjax.tiny0, ridge=0.0)}, True), ({"update": None}, True)],
+)
+def test_a_growth_sums_the_link_only_where_it_is_needed(normalised, options, linked):
+    """A ridge or an update of one's own is not what the residual was taken at."""
+    loss_fn, params, batch, sites = normalised
+    site = sites["first"]
+    estimate = partial(tinyjax.estimate, loss_fn, sites=site, has_aux=True)
+    shape = jax.eval_shape(lambda p, b: estimate(p, b).link, params, batch).shape
+    grow_step = tinyjax.make_grow_step(loss_fn, site, num_neurons=1, has_aux=True, **options)
+    program = str(jax.make_jaxpr(grow_step)(tinyjax.thin(params, site, 1), batch))
+    assert (f"[{','.join(map(str, shape))}]" in program) == linked
+
+
 def test_records_with_a_projection_are_not_merged(normalised):
     loss_fn, params, batch, sites = normalised
     with pytest.raises(ValueError, match="without `link`"):
@@ -151,6 +166,7 @@ def test_growing_with_them(normalised):
         (dict(micro_batch=7), "even number of samples, got 7"),
         (dict(micro_batch="8"), "even number of samples, got '8'"),
         (dict(micro_batch=8, chunk=8), "leave one out"),
+        (dict(project=1.0, null_draws=3), "which `project` leaves out"),
     ],
 )
 def test_misuse(normalised, options, message):

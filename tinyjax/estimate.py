@@ -172,6 +172,8 @@ def estimate_batch(
         raise ValueError(f"`null_draws` must be >= 0, got {null_draws}")
     if third_moments < 0:
         raise ValueError(f"`third_moments` must be >= 0, got {third_moments}")
+    if project is not None and null_draws:
+        raise ValueError("`null_draws` are made of `link`, which `project` leaves out: pass one of them")
     sites = as_sites(sites)
     for site in sites:
         require_growable(site)

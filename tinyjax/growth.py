@@ -28,6 +28,7 @@ from tinyjax.methods import (
     Neurons,
     Squares,
     best_update,
+    common_residual,
     held_out_update,
     is_function_preserving,
     needs,
@@ -124,7 +125,10 @@ def make_grow_step(
     recipe = Recipe(loss_fn, has_aux, method, update, amplitude, update_amplitude, fill, orient)
     wanted_sums = needs(method, fill)
     draws = max(null_draws, wanted_sums.get("null_draws", 0))
-    options: dict[str, Any] = {"project": None if draws else held_out_update} | wanted_sums | {"null_draws": draws}
+    # Other updates, null draws and rules for how many may read what is projected otherwise.
+    usual = update is held_out_best_update and how_many is None and not draws
+    project = common_residual(method, fill) if usual else None
+    options: dict[str, Any] = wanted_sums | {"null_draws": draws, "project": project}
 
     def statistics_of(
         params: Params, batch: Any, inputs: Mapping[str, Inputs], asked: Mapping[str, Array]

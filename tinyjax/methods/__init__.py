@@ -2,6 +2,7 @@
 
 from tinyjax.methods.base import Method as Method
 from tinyjax.methods.base import Neurons as Neurons
+from tinyjax.methods.base import common_residual as common_residual
 from tinyjax.methods.base import is_function_preserving as is_function_preserving
 from tinyjax.methods.base import is_stochastic as is_stochastic
 from tinyjax.methods.base import needs as needs

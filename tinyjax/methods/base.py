@@ -16,14 +16,12 @@ from tinyjax.methods.gated import gate_by_gate
 from tinyjax.methods.heads import over_heads
 from tinyjax.methods.metric import in_outputs, orthonormal
 from tinyjax.methods.readers import born_read
+from tinyjax.methods.update import Ridge
 from tinyjax.statistics import Moments, Statistics
 
 Method = Callable[..., "Neurons"]
 _F = TypeVar("_F", bound=Callable[..., Any])
 T = TypeVar("T")
-
-# What methods need that take the goal as it is, or another residual: sums that were not projected on the way.
-UNPROJECTED: Mapping[str, Any] = MappingProxyType({"project": None})
 
 
 class Neurons(NamedTuple):
@@ -51,7 +49,11 @@ class Neurons(NamedTuple):
 
 
 def traits(
-    *, function_preserving: bool, stochastic: bool, needs: Mapping[str, Any] = MappingProxyType({})
+    *,
+    function_preserving: bool,
+    stochastic: bool,
+    needs: Mapping[str, Any] = MappingProxyType({}),
+    residual: Ridge | None = None,
 ) -> Callable[[_F], _F]:
     """Declares on a method what its callers must know, and lets it grow heads and gated units, one after the other.
 
@@ -61,6 +63,9 @@ def traits(
         stochastic: the method needs a key.
         needs: options of `estimate` for what it reads besides the usual sums, such as `{"energy_matrix": True}`;
             `make_grow_step` estimates with them.
+        residual: the ridge of the best update from whose residual the method starts unless it is called with a `ridge`
+            of its own; growths then sum convolutions against that residual at once, several times cheaper. None for a
+            method that starts elsewhere, or reads `link`.
 
     Example:
         >>> @tinyjax.traits(function_preserving=True, stochastic=False)
@@ -86,7 +91,8 @@ def traits(
                 return one(statistics, num_neurons=num_neurons, key=key)
             return gate_by_gate(one, statistics, num_neurons=require_count(num_neurons), key=key)
 
-        vars(method_of_any).update(function_preserving=function_preserving, stochastic=stochastic, needs=needs)
+        declarations = dict(function_preserving=function_preserving, stochastic=stochastic, needs=needs)
+        vars(method_of_any).update(declarations, residual=residual)
         return cast(_F, method_of_any)
 
     return declare
@@ -113,9 +119,7 @@ def is_stochastic(method: Method) -> bool:
 
 
 def needs(*functions: Callable[..., Any] | None) -> dict[str, Any]:
-    """The options of `estimate` that functions of statistics declare to need.
-
-    The larger where two ask for a number, and None where one needs an option left out.
+    """The options of `estimate` that functions of statistics declare to need; the larger where two ask for a number.
 
     Example:
         >>> methods.needs(tinyjax.fisher_tiny, tinyjax.random0)
@@ -124,10 +128,30 @@ def needs(*functions: Callable[..., Any] | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for function in functions:
         wanted: Mapping[str, Any] = {} if function is None else declared(function, "needs", default={})
-        for name, value in wanted.items():
-            other = found.get(name, value)
-            found[name] = None if value is None or other is None else max(value, other)
+        found |= {name: max(value, found.get(name, value)) for name, value in wanted.items()}
     return found
+
+
+def common_residual(*methods: Method | None) -> Ridge | None:
+    """The ridge of the best update from whose residual all methods start; None where that is not known of all.
+
+    Example:
+        >>> methods.common_residual(tinyjax.tiny0, tinyjax.random0) is tinyjax.held_out_update
+        True
+        >>> methods.common_residual(partial(tinyjax.tiny, ridge=0.0)) is None
+        True
+    """
+    first, *others = [
+        None if _has_own_ridge(method) else declared(method, "residual", None) for method in methods if method
+    ]
+    return first if all(other is first for other in others) else None
+
+
+def _has_own_ridge(method: Callable[..., Any]) -> bool:
+    """Whether a ridge is bound to a method, by `functools.partial` in any depth."""
+    inner = getattr(method, "func", None) or getattr(method, "__wrapped__", None)
+    bound = getattr(method, "keywords", {})
+    return not bound.keys().isdisjoint(("ridge", "update_ridge")) or (inner is not None and _has_own_ridge(inner))
 
 
 def require_key(key: Array | None, method: str) -> Array:

@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.methods.base import Method, Neurons, is_function_preserving, is_stochastic, needs, require_key, traits
+from tinyjax.methods.base import (
+    Method,
+    Neurons,
+    common_residual,
+    is_function_preserving,
+    is_stochastic,
+    needs,
+    require_key,
+    traits,
+)
 from tinyjax.methods.how_many import significant
 from tinyjax.statistics import Statistics
 
@@ -55,7 +64,12 @@ def completed(
     stochastic = is_stochastic(method) or is_stochastic(fallback)
     preserving = is_function_preserving(method) and is_function_preserving(fallback)
 
-    @traits(function_preserving=preserving, stochastic=stochastic, needs=needs(method, fallback, useful))
+    @traits(
+        function_preserving=preserving,
+        stochastic=stochastic,
+        needs=needs(method, fallback, useful),
+        residual=common_residual(method, fallback),
+    )
     def complete(statistics: Statistics, *, num_neurons: int, key: Array | None = None) -> Neurons:
         keys = jax.random.split(require_key(key, "completed")) if stochastic else (None, None)
         first = method(statistics, num_neurons=num_neurons, key=keys[0])

@@ -5,13 +5,13 @@ from jaxtyping import Array
 from tinyjax.linalg import factor
 from tinyjax.methods.base import Neurons, input_root, only_live, traits
 from tinyjax.methods.best import best
-from tinyjax.methods.ridge import held_out
+from tinyjax.methods.ridge import held_out, held_out_update
 from tinyjax.methods.tiny import ridge_of_update
 from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
 from tinyjax.statistics import Statistics, moments
 
 
-@traits(function_preserving=False, stochastic=False, needs={"energy_matrix": True})
+@traits(function_preserving=False, stochastic=False, needs={"energy_matrix": True}, residual=held_out_update)
 def fisher_tiny(
     statistics: Statistics,
     *,

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import matmul, top_singular
-from tinyjax.methods.base import UNPROJECTED, Neurons, live_outputs, require_count, traits
+from tinyjax.methods.base import Neurons, live_outputs, require_count, traits
 from tinyjax.methods.update import residual_cross, unprojected_cross
 from tinyjax.statistics import Moments, Statistics, moments
 
 
-@traits(function_preserving=True, stochastic=False, needs=UNPROJECTED)
+@traits(function_preserving=True, stochastic=False)
 def gradmax(statistics: Statistics, *, num_neurons: int, scale: float = 1.0, key: Array | None = None) -> Neurons:
     """The orthogonal fan-outs of norm `scale` that maximise the gradient with respect to the fan-ins.
 

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import top_singular
-from tinyjax.methods.base import UNPROJECTED, Neurons, live_inputs, require_count, traits
+from tinyjax.methods.base import Neurons, live_inputs, require_count, traits
 from tinyjax.methods.update import unprojected_cross
 from tinyjax.statistics import Statistics, moments
 
 
-@traits(function_preserving=True, stochastic=False, needs=UNPROJECTED)
+@traits(function_preserving=True, stochastic=False)
 def gradmax_dual(statistics: Statistics, *, num_neurons: int, scale: float = 1.0, key: Array | None = None) -> Neurons:
     """The orthogonal fan-ins of norm `scale` that maximise the gradient with respect to the fan-outs.
 

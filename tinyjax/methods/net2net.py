@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.methods.base import Neurons, require_count, require_key, require_no_stream, traits
+from tinyjax.methods.ridge import held_out_update
 from tinyjax.statistics import Statistics
 
 
-@traits(function_preserving=True, stochastic=True)
+@traits(function_preserving=True, stochastic=True, residual=held_out_update)
 def net2net(statistics: Statistics, *, num_neurons: int, key: Array | None = None) -> Neurons:
     """Copies of random live neurons, each with a random share of the fan-out that it takes over.
 

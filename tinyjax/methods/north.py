@@ -6,11 +6,12 @@ from jaxtyping import Array
 
 from tinyjax.linalg import factor, matmul, top_singular
 from tinyjax.methods.base import Neurons, require_count, require_key, traits
+from tinyjax.methods.ridge import held_out_update
 from tinyjax.methods.tiny0 import HE_NORM
 from tinyjax.statistics import Statistics, moments
 
 
-@traits(function_preserving=True, stochastic=True)
+@traits(function_preserving=True, stochastic=True, residual=held_out_update)
 def north(statistics: Statistics, *, num_neurons: int, ridge: float | Array = 0.0, key: Array | None = None) -> Neurons:
     """Random fan-ins whose pre-activations are orthogonal to those of the existing neurons; fan-out zero.
 

@@ -7,10 +7,11 @@ from jaxtyping import Array
 from tinyjax.linalg import matmul
 from tinyjax.methods.base import Neurons, live_inputs, require_count, require_key, traits
 from tinyjax.methods.north import admissible, span, with_mean_norm
+from tinyjax.methods.ridge import held_out_update
 from tinyjax.statistics import Statistics, moments
 
 
-@traits(function_preserving=True, stochastic=True)
+@traits(function_preserving=True, stochastic=True, residual=held_out_update)
 def north_weight(statistics: Statistics, *, num_neurons: int, key: Array | None = None) -> Neurons:
     """Random fan-ins orthogonal to those of the existing neurons, with their mean norm; bias and fan-out zero.
 

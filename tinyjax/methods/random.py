@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.methods.base import Neurons, only_live, require_count, require_key, traits
+from tinyjax.methods.ridge import held_out_update
 from tinyjax.statistics import Statistics, moments
 
 
@@ -16,7 +17,7 @@ def symmetric_uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return jax.random.uniform(key, shape, dtype, minval=-1.0, maxval=1.0)
 
 
-@traits(function_preserving=False, stochastic=True)
+@traits(function_preserving=False, stochastic=True, residual=held_out_update)
 def random(
     statistics: Statistics,
     *,

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.methods.base import Neurons, live_inputs, require_count, require_key, traits
+from tinyjax.methods.ridge import held_out_update
 from tinyjax.statistics import Statistics, moments
 
 
-@traits(function_preserving=True, stochastic=True)
+@traits(function_preserving=True, stochastic=True, residual=held_out_update)
 def random0(statistics: Statistics, *, num_neurons: int, key: Array | None = None) -> Neurons:
     """Neurons with fan-in drawn from N(0, 2 / fan_in) over the live inputs, bias 0 and fan-out 0.
 

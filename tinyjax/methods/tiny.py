@@ -11,7 +11,7 @@ from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
 from tinyjax.statistics import Statistics, moments
 
 
-@traits(function_preserving=False, stochastic=False)
+@traits(function_preserving=False, stochastic=False, residual=held_out_update)
 def tiny(
     statistics: Statistics,
     *,

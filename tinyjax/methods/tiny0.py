@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.methods.base import Neurons, traits
-from tinyjax.methods.ridge import held_out
+from tinyjax.methods.ridge import held_out, held_out_update
 from tinyjax.methods.tiny import tiny
 from tinyjax.methods.update import Ridge
 from tinyjax.statistics import Statistics
@@ -14,7 +14,7 @@ from tinyjax.statistics import Statistics
 HE_NORM = math.sqrt(2.0)  # norm of a fan-in vector of variance 2 / fan_in
 
 
-@traits(function_preserving=True, stochastic=False)
+@traits(function_preserving=True, stochastic=False, residual=held_out_update)
 def tiny0(
     statistics: Statistics,
     *,

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.linalg import Factor, factor, matmul, relative_cutoff, solve
-from tinyjax.methods.base import UNPROJECTED, Neurons, input_root, only_live, traits
+from tinyjax.methods.base import Neurons, input_root, only_live, traits
 from tinyjax.methods.best import best
 from tinyjax.methods.ridge import Fold, choose, held_out_update
 from tinyjax.methods.update import Ridge, residual_cross, resolve
 from tinyjax.statistics import Moments, Statistics, moments
 
 
-@traits(function_preserving=False, stochastic=False, needs=UNPROJECTED)
+@traits(function_preserving=False, stochastic=False)
 def tiny_joint(
     statistics: Statistics,
     *,

@@ -9,13 +9,13 @@ from jaxtyping import Array
 
 from tinyjax.methods.base import Neurons, input_root, only_live, require_no_stream, traits
 from tinyjax.methods.best import best, beyond
-from tinyjax.methods.ridge import held_out
+from tinyjax.methods.ridge import held_out, held_out_update
 from tinyjax.methods.tiny import ridge_of_update
 from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
 from tinyjax.statistics import Statistics, moments
 
 
-@traits(function_preserving=False, stochastic=False)
+@traits(function_preserving=False, stochastic=False, residual=held_out_update)
 def tiny_linear(
     statistics: Statistics,
     *,

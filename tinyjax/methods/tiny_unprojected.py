@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.methods.base import UNPROJECTED, Neurons, input_root, only_live, traits
+from tinyjax.methods.base import Neurons, input_root, only_live, traits
 from tinyjax.methods.best import best
 from tinyjax.methods.ridge import choose_for_inputs
 from tinyjax.methods.update import Ridge, resolve, unprojected_cross
@@ -15,7 +15,7 @@ def held_out_unprojected(statistics: Statistics) -> Array:
     return choose_for_inputs(statistics, lambda a, b: (unprojected_cross(a), unprojected_cross(b)))
 
 
-@traits(function_preserving=False, stochastic=False, needs=UNPROJECTED)
+@traits(function_preserving=False, stochastic=False)
 def tiny_unprojected(
     statistics: Statistics, *, num_neurons: int, ridge: Ridge = held_out_unprojected, key: Array | None = None
 ) -> Neurons:

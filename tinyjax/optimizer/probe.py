@@ -73,16 +73,17 @@ def probe(optimizer: optax.GradientTransformationExtraArgs, tree: Any) -> tuple[
 @functools.lru_cache(maxsize=64)
 def _probe(optimizer: Any, treedef: Any, kinds: tuple[tuple[int, str], ...]) -> tuple[dict[str, Shown], ...]:
     with jax.ensure_compile_time_eval():
-        params = treedef.unflatten([jnp.zeros((1,) * ndim, dtype) for ndim, dtype in kinds])
+        params = treedef.unflatten([np.zeros((1,) * ndim, dtype) for ndim, dtype in kinds])
 
+        @jax.jit  # one program for all trials instead of one for each of its operations
         def step(grads: Any, state: Any) -> tuple[Any, Any]:
             return optimizer.update(grads, state, params, value=0.0)
 
-        start = optimizer.init(params)
+        start = jax.jit(optimizer.init)(params)
         _refuse_unknown(start)
         _refuse_sequences(start)
         _refuse_restless(step, params, start)
-        first = step(jax.tree.map(lambda x: jnp.full_like(x, PROBE), params), start)[1]
+        first = step(jax.tree.map(lambda x: np.full_like(x, PROBE), params), start)[1]
         second = step(params, first)[1]
         decays = [
             {field: _decay(getattr(one, field), getattr(two, field), field) for field in fields(one)}
@@ -104,7 +105,7 @@ def _decay(one: Any, two: Any, field: str) -> float:
     """
     if not jax.tree.leaves(one):
         return 0.0  # all leaves masked
-    first, then = jax.tree.leaves(one)[0], jax.tree.leaves(two)[0]
+    first, then = (np.asarray(jax.tree.leaves(x)[0]) for x in (one, two))
     if not first.all():
         raise ValueError(UNKNOWN_CORRECTION)
     power = 1 if field == "mu" else 2
@@ -117,17 +118,19 @@ def _rules(step: Any, grad: Any, state: Any, start: Any, i: int, decays: dict[st
     """The first combination of rules that passes the trials."""
     for mu_rule in (plain, nesterov):
         shown = {name: Shown(b, mu_rule if name == "mu" else plain) for name, b in decays.items()}
-        if all(_passes(step, grad, state, start, i, shown, a) for a in (1, 2)):
+        as_shown = jax.jit(functools.partial(_as_shown, shown))
+        if all(_passes(step, grad, state, start, i, as_shown, a) for a in (1, 2)):
             return shown
     raise ValueError(UNKNOWN_CORRECTION)
 
 
-def _passes(step: Any, grad: Any, state: Any, start: Any, i: int, shown: dict[str, Shown], a: int) -> bool:
+def _passes(step: Any, grad: Any, state: Any, start: Any, i: int, as_shown: Any, a: int) -> bool:
     """Whether state i at step t = 10, shown the moments of age a, updates as at step a. All other states are equal."""
     t = 10
     nodes = corrected_states(state)
     source = corrected_states(start)[i] if a == 1 else nodes[i]
-    moments = {name: getattr(source, name) for name in shown}
+    names = fields(nodes[i])
+    moments = {name: getattr(source, name) for name in names}
 
     def at(count: int, moments: dict[str, Any]) -> tuple[Any, Any]:
         node = nodes[i]._replace(count=jnp.asarray(count, nodes[i].count.dtype), **moments)
@@ -135,16 +138,18 @@ def _passes(step: Any, grad: Any, state: Any, start: Any, i: int, shown: dict[st
 
     want, after = at(a - 1, moments)
     new = corrected_states(after)[i]
-    t_, a_ = jnp.asarray(t), jnp.asarray(a)
-    got, _ = at(
-        t - 1,
-        {
-            name: jax.tree.map(lambda n, o, s=s: show(s, n, o, t_, a_), getattr(new, name), moments[name])
-            for name, s in shown.items()
-        },
-    )
+    got, _ = at(t - 1, as_shown({name: getattr(new, name) for name in names}, moments, jnp.asarray(t), jnp.asarray(a)))
     pairs = [(np.asarray(x, float), np.asarray(y, float)) for x, y in zip(jax.tree.leaves(want), jax.tree.leaves(got))]
     return all(np.all(np.abs(x - y) <= 1e-2 * np.abs(x)) for x, y in pairs)
+
+
+def _as_shown(
+    shown: dict[str, Shown], new: dict[str, Any], old: dict[str, Any], t: jax.Array, a: jax.Array
+) -> dict[str, Any]:
+    """The moments to show, by name."""
+    return {
+        name: jax.tree.map(lambda n, o, s=s: show(s, n, o, t, a), new[name], old[name]) for name, s in shown.items()
+    }
 
 
 def _refuse_unknown(node: Any) -> None:
@@ -179,7 +184,7 @@ def _refuse_restless(step: Any, params: Any, state: Any) -> None:
     """Raises when zero gradients and zero parameters do not give exactly zero updates."""
     for _ in range(3):
         updates, state = step(params, state)
-    if not all(bool(jnp.all(x == 0)) for x in jax.tree.leaves(updates)):
+    if not all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(updates)):
         raise ValueError(
             "this optimizer moves parameters that are zero and have zero gradients (noise, yogi, or Adam with eps=0), "
             "so free slots would not stay free: use another, or mask its updates"
