@@ -80,7 +80,7 @@ def mlp(h1: int = 6, h2: int = 4) -> Example:
             _site("fc2", h2, [dense("fc2", h1, h2, 1)], [dense("fc3", h2, 3, 0)]),
         ]
     )
-    return Example(params, apply, sites, values(1, x=(7, 5))["x"])
+    return Example(params, jax.jit(apply), sites, values(1, x=(7, 5))["x"])
 
 
 def torch_like(h: int = 6) -> Example:
@@ -93,7 +93,7 @@ def torch_like(h: int = 6) -> Example:
 
     heads = [Kernel(transposed("u", h, 2, 1), vector("c", 2)), Kernel(transposed("v", h, 3, 1))]
     site = _site("w", h, [Kernel(transposed("w", 5, h, 0))], heads)
-    return Example(params, apply, Sites([site]), values(3, x=(7, 5))["x"])
+    return Example(params, jax.jit(apply), Sites([site]), values(3, x=(7, 5))["x"])
 
 
 def flat(h: int = 4) -> Example:
@@ -114,7 +114,7 @@ def flat(h: int = 4) -> Example:
     names = [("params/scale", "scale"), ("params/shift", "shift"), ("stats/mean", "mean"), ("stats/var", "var")]
     others = [(vector(leaf, h), role) for leaf, role in names]
     site = _site("kernel", h, [producer], [consumer], others)
-    return Example(params, apply, Sites([site]), values(6, x=(7, 6, 5))["x"])
+    return Example(params, jax.jit(apply), Sites([site]), values(6, x=(7, 6, 5))["x"])
 
 
 def conv(h: int = 4) -> Example:
@@ -133,7 +133,7 @@ def conv(h: int = 4) -> Example:
         return Layout(leaf, (3, 3, d_in, d_out), (0, 1, 2, 3), slot=slot, rows=(0, 1, 2), cols=(3,))
 
     site = _site("first", h, [Kernel(layout("first", 2, h, 3))], [Kernel(layout("second", h, 3, 2))])
-    return Example(params, apply, Sites([site]), values(8, x=(2, 8, 8, 2))["x"])
+    return Example(params, jax.jit(apply), Sites([site]), values(8, x=(2, 8, 8, 2))["x"])
 
 
 def stacked(h: int = 4) -> Example:
@@ -150,7 +150,7 @@ def stacked(h: int = 4) -> Example:
     b = Layout("b", (3, h), (0, 1), slot=1, stack=(0,), cols=(1,))
     u = Layout("u", (3, h, 5), (0, 1, 2), slot=1, stack=(0,), rows=(1,), cols=(2,))
     site = _site("w", h, [Kernel(w, b)], [Kernel(u)], stack=(3,))
-    return Example(params, apply, Sites([site]), values(10, x=(7, 5))["x"])
+    return Example(params, jax.jit(apply), Sites([site]), values(10, x=(7, 5))["x"])
 
 
 EXAMPLES = {f.__name__: f for f in (mlp, torch_like, flat, conv, stacked)}

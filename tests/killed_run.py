@@ -50,7 +50,7 @@ def main(folder, steps):
         saved = tinyjax.restore(folder, optimizer, like=params)
         params, start, key, progress = saved.params, saved.step, saved.key, saved.progress()
         assert saved.position == divmod(start, 14)
-    # 4 -> 12 neurons on the way, and from 8 to 16 slots.
+    # 4 -> 12 neurons on the way, and from 8 to 16 slots; drawn, so that they depend on the key that was saved.
     records = tinyjax.fit(
         loss_fn,
         params,
@@ -60,6 +60,9 @@ def main(folder, steps):
         key,
         num_neurons=2,
         growth_samples=256,
+        method=tinyjax.random0,
+        update=None,
+        fill=None,
         policy=tinyjax.multiple_of(8),
         **progress,
     )

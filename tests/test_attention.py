@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from tests.programs import compiled
 from tinyjax.methods import query_key, query_key_gain, query_key_moments, query_key_scales
 
 SAMPLES, TOKENS, FEATURES, WIDTH = 40, 5, 4, 2
@@ -52,7 +53,7 @@ class Head:
         return -probability * (per_key - np.sum(probability * per_key, axis=-1, keepdims=True))
 
     def moments(self):
-        return query_key_moments(*(jnp.asarray(a) for a in (self.x1, self.x, self.attention(), self.goal())))
+        return compiled(query_key_moments)(*(jnp.asarray(a) for a in (self.x1, self.x, self.attention(), self.goal())))
 
 
 def test_query_key_moments_are_sums_over_pairs_of_tokens():
@@ -86,7 +87,8 @@ def test_what_a_softmax_does_not_see():
 def test_query_key_slope_of_the_loss_is_the_prediction(seed):
     head = Head(seed)
     moments = head.moments()
-    pair = query_key(moments, num_neurons=1, weight_query=jnp.asarray(head.w_query), weight_key=jnp.asarray(head.w_key))
+    weights = dict(weight_query=jnp.asarray(head.w_query), weight_key=jnp.asarray(head.w_key))
+    pair = compiled(query_key, num_neurons=1)(moments, **weights)
     added = head.x1 @ np.asarray(pair.alpha @ pair.omega) @ head.x.transpose(0, 2, 1)
     step = 1e-5
     slope = (head.loss(step * added) - head.loss(-step * added)) / (2 * step)
@@ -115,7 +117,7 @@ def test_query_key_pairs_are_the_optimum_of_their_objective():
 
     old = max(ascend(jax.random.key(i), (1, 1, 0, 0)) for i in range(2))
     both = max(ascend(jax.random.key(i), (1, 1, 1, 1)) for i in range(4))
-    pair = query_key(moments, num_neurons=1, weight_query=w_query, weight_key=w_key)
+    pair = compiled(query_key, num_neurons=1)(moments, weight_query=w_query, weight_key=w_key)
     np.testing.assert_allclose(old + pair.singular_values[0] ** 2, both, rtol=1e-4)
 
 
@@ -134,7 +136,7 @@ def test_query_key_beats_random_pairs_on_the_loss_itself():
         unit = 1 / np.sqrt(np.mean(added**2))
         return head.loss() - min(head.loss(a * unit * added) for a in np.geomspace(1e-3, 10, 30))
 
-    pair = query_key(head.moments(), num_neurons=1)
+    pair = compiled(query_key, num_neurons=1)(head.moments())
     ours = decrease(np.asarray(pair.alpha @ pair.omega))
     rng = np.random.default_rng(0)
     random = [decrease(np.outer(rng.normal(size=5), rng.normal(size=4))) for _ in range(20)]
@@ -143,7 +145,7 @@ def test_query_key_beats_random_pairs_on_the_loss_itself():
 
 def test_query_key_gain_is_the_exact_cost_summed_over_pairs():
     head = Head(4)
-    pair = query_key(head.moments(), num_neurons=2)
+    pair = compiled(query_key, num_neurons=2)(head.moments())
     added = head.x1 @ np.asarray(pair.alpha @ pair.omega) @ head.x.transpose(0, 2, 1)
     probability, cost = head.attention(), 0.0
     for n in range(SAMPLES):
@@ -152,12 +154,12 @@ def test_query_key_gain_is_the_exact_cost_summed_over_pairs():
             cost += probability[n, t] @ (added[n, t] - mean) ** 2 / SAMPLES
     want = (np.sum(head.goal() * added) / SAMPLES) ** 2 / cost
     x1, x, probability, goal = (jnp.asarray(a) for a in (head.x1, head.x, probability, head.goal()))
-    np.testing.assert_allclose(query_key_gain(x1, x, probability, goal, pair), want, rtol=1e-9)
+    np.testing.assert_allclose(compiled(query_key_gain)(x1, x, probability, goal, pair), want, rtol=1e-9)
 
 
 def test_scales_keep_the_logits_of_a_model_that_divides_by_the_root_of_its_width():
     head = Head(5)
-    pair = query_key(head.moments(), num_neurons=2)
+    pair = compiled(query_key, num_neurons=2)(head.moments())
     before = head.x1 @ head.w_query @ (head.x @ head.w_key).transpose(0, 2, 1) / np.sqrt(WIDTH)
     new, old = query_key_scales(WIDTH, 2)
     w_query = np.concatenate([old * head.w_query, new * np.asarray(pair.alpha)], axis=1)
@@ -174,8 +176,8 @@ def test_query_key_misuse_and_single_precision():
     with pytest.raises(ValueError, match="num_neurons"):
         query_key(head.moments(), num_neurons=0)
     single = jax.tree.map(lambda x: x.astype(jnp.float32), head.moments())
-    exact, got = query_key(head.moments(), num_neurons=2), query_key(single, num_neurons=2)
+    exact, got = (compiled(query_key, num_neurons=2)(m) for m in (head.moments(), single))
     assert got.alpha.dtype == jnp.float32
     np.testing.assert_allclose(got.alpha @ got.omega, exact.alpha @ exact.omega, rtol=1e-3, atol=1e-5)
-    full = query_key(head.moments(), num_neurons=1, weight_query=jnp.eye(5))
+    full = compiled(query_key, num_neurons=1)(head.moments(), weight_query=jnp.eye(5))
     assert np.all(full.alpha == 0), "nothing is new when the old projection reaches everything"

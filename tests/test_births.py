@@ -42,6 +42,7 @@ CAPACITY = {"first": 5, "second": 6, "dense": 5}
 BATCH = data(12, 5, 4, 2)
 
 
+@partial(jax.jit, static_argnames="train")
 def loss_fn(variables, batch, train=True):
     (outputs, seen), updates = Seen(train).apply(variables, batch["x"], mutable=["batch_stats"])
     return jnp.mean(outputs**2 + outputs), (seen, updates)

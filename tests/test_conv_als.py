@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import tinyjax
+from tests.programs import compiled
 from tinyjax.linalg import solve
 from tinyjax.methods.base import Neurons
 from tinyjax.methods.tiny_conv_als import (
@@ -27,6 +28,8 @@ SAME = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 POINT = Window((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
 gains_of = jax.jit(gains_of, static_argnames=("num_neurons", "num_steps"))
 als = jax.jit(alternate, static_argnames=("num_neurons", "num_steps"))
+move_of = jax.jit(functools.partial(linear_move, producer=SAME, consumer=SAME, bias_prev=True))
+conv_gain, best_conv_gain = jax.jit(conv_gain), jax.jit(best_conv_gain)
 
 
 def data(seed=0, n=30, size=5, channels=2, slots=2, outputs=3):
@@ -35,7 +38,7 @@ def data(seed=0, n=30, size=5, channels=2, slots=2, outputs=3):
     x = rng.normal(size=(n, size, size, channels))
     alpha, omega = rng.normal(size=(9 * channels + 1, 2)), rng.normal(size=(2, outputs * 9))
     x, h = jnp.asarray(x), jnp.tanh(jnp.asarray(rng.normal(size=(n, size, size, slots)))) + x[..., :slots]
-    v = linear_move(x, jnp.asarray(alpha), jnp.asarray(omega), SAME, SAME, bias_prev=True)
+    v = move_of(x, jnp.asarray(alpha), jnp.asarray(omega))
     return x, h, v + jnp.asarray(rng.normal(size=v.shape)) * 3
 
 
@@ -70,7 +73,7 @@ def residual():
 def true_gain(neurons):
     """psi before less psi after, from the moves themselves."""
     x, left = data()[0], residual()
-    move = np.asarray(linear_move(x, neurons.alpha, neurons.omega, SAME, SAME, bias_prev=True))
+    move = np.asarray(move_of(x, neurons.alpha, neurons.omega))
     return (np.sum(left**2) - np.sum((left - move) ** 2)) / len(x)
 
 
@@ -78,7 +81,7 @@ def test_the_gain_is_that_of_the_moves_themselves():
     rng = np.random.default_rng(1)
     neurons = Neurons(jnp.asarray(rng.normal(size=(19, 2))), jnp.asarray(rng.normal(size=(2, 27))), jnp.ones(2))
     np.testing.assert_allclose(problem().energy, np.sum(residual() ** 2) / 30, rtol=1e-9)
-    np.testing.assert_allclose(jax.jit(conv_gain)(problem(), neurons), true_gain(neurons), rtol=1e-9)
+    np.testing.assert_allclose(conv_gain(problem(), neurons), true_gain(neurons), rtol=1e-9)
     best = float(best_conv_gain(problem(), neurons))
     scaled = [
         float(conv_gain(problem(), neurons._replace(omega=g * neurons.omega))) for g in np.linspace(-0.1, 0.1, 41)
@@ -95,7 +98,7 @@ def test_als_gains_more_than_the_approximation_and_less_than_the_bound():
 
 
 def test_the_approximation_gains_at_least_what_it_predicts():
-    neurons = approximation(problem(), 2)
+    neurons = jax.jit(approximation, static_argnums=1)(problem(), 2)
     assert true_gain(neurons) >= np.sum(neurons.singular_values**2) > 0  # eq. 71
     np.testing.assert_allclose(
         best_conv_gain(problem(), neurons._replace(omega=7 * neurons.omega)), best_conv_gain(problem(), neurons)
@@ -163,13 +166,20 @@ def model():
 def test_as_a_method_from_a_model_to_its_gain():
     """Growing with it takes away from psi what it says, measured on the outputs of the model itself."""
     params, batch, site = model()
-    statistics = tinyjax.estimate(loss_fn, params, batch, site, offset_gram=True)
+    statistics = jax.jit(lambda p, b: tinyjax.estimate(loss_fn, p, b, site, offset_gram=True))(params, batch)
     found = jax.jit(functools.partial(tinyjax.conv_gains, num_neurons=2))(statistics)
-    assert 0 < found.predicted < found.approximation < found.als < found.bound < tinyjax.bottleneck(statistics).after
-    neurons = tinyjax.tiny_conv_als(statistics, num_neurons=2)
+    assert (
+        0
+        < found.predicted
+        < found.approximation
+        < found.als
+        < found.bound
+        < compiled(tinyjax.bottleneck)(statistics).after
+    )
+    neurons = compiled(tinyjax.tiny_conv_als, num_neurons=2)(statistics)
     output = lambda p: np.asarray(conv(conv(batch["x"], p["k"]) + p["b"], p["u"]))  # noqa: E731
     start = output(params)
-    update = output(tinyjax.add_update(params, site, tinyjax.best_update(statistics), amplitude=1.0)) - start
+    update = output(tinyjax.add_update(params, site, compiled(tinyjax.best_update)(statistics), amplitude=1.0)) - start
     move = output(tinyjax.write(params, site, neurons, amplitude=1.0)[0]) - start
     left = 2 * (np.asarray(batch["t"]) - start) - update
     np.testing.assert_allclose((np.sum(left**2) - np.sum((left - move) ** 2)) / 48, found.als, rtol=1e-8)
@@ -186,7 +196,9 @@ def test_growing_with_it():
 def test_without_the_sums_it_says_what_to_pass():
     params, batch, site = model()
     with pytest.raises(ValueError, match="pass `offset_gram=True` to `estimate`"):
-        tinyjax.tiny_conv_als(tinyjax.estimate(loss_fn, params, batch, site), num_neurons=2)
+        jax.eval_shape(
+            lambda p: tinyjax.tiny_conv_als(tinyjax.estimate(loss_fn, p, batch, site), num_neurons=2), params
+        )
 
 
 def test_a_site_too_wide_for_the_sums_says_so():
@@ -207,12 +219,12 @@ def test_a_dense_layer_has_one_offset():
 
     (site,) = tinyjax.find_sites(dense_loss, params, batch)
     params = tinyjax.thin(params, site, 1)
-    statistics = tinyjax.estimate(dense_loss, params, batch, site, offset_gram=True)
+    statistics = jax.jit(lambda p, b: tinyjax.estimate(dense_loss, p, b, site, offset_gram=True))(params, batch)
     products = [
         neurons.alpha @ neurons.omega
         for neurons in (
-            tinyjax.tiny_conv_als(statistics, num_neurons=1),
-            tinyjax.tiny(statistics, num_neurons=1, ridge=0.0),
+            compiled(tinyjax.tiny_conv_als, num_neurons=1)(statistics),
+            compiled(tinyjax.tiny, num_neurons=1, ridge=0.0)(statistics),
         )
     ]
     np.testing.assert_allclose(*products, rtol=1e-6, atol=1e-9)

@@ -145,7 +145,7 @@ def test_two_processes_are_one_device(alone, tmp_path):
         port = free.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=2"),
         "PYTHONPATH": str(Path(tinyjax.__file__).parent.parent),
     }
     command = [sys.executable, example.__file__, str(tmp_path / "run"), f"127.0.0.1:{port}", "2"]

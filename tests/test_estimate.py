@@ -26,7 +26,7 @@ def loops(params, x, t):
         "gram": np.zeros((2, h + 1, h + 1)), "cross": np.zeros((2, h + 1, m)), "link": np.zeros((2, 1, d + 1, h + 1)),
         "energy": np.zeros(2), "energy_matrix": np.zeros((2, m, m)),
     }  # fmt: skip
-    ask = jax.grad(lambda a, target: jnp.sum((a - target) ** 2) / (positions * m))
+    ask = jax.jit(jax.grad(lambda a, target: jnp.sum((a - target) ** 2) / (positions * m)))
     for i in range(n):
         sums["count"][i % 2] += 1
         for s in range(positions):
@@ -59,7 +59,7 @@ def test_loops(n, chunk):
     """Odd and even numbers of samples, chunks with remainders 0, 1 and 2 (n = 5, 8 by 2 and 4)."""
     params, batch = zoo.two_layers(), zoo.data(n, 3, 5)
     site = site_of(LOSS, params, batch)
-    found = estimate(LOSS, params, batch, site, energy_matrix=True, chunk=chunk)
+    found = jax.jit(lambda p, b: estimate(LOSS, p, b, site, energy_matrix=True, chunk=chunk))(params, batch)
     for name, value in loops(params, np.asarray(batch["x"]), np.asarray(batch["t"])).items():
         np.testing.assert_allclose(getattr(found, name), value, rtol=1e-12, atol=1e-13, err_msg=name)
     np.testing.assert_array_equal(found.weight_prev, np.vstack([params["w"], params["b"]]))
@@ -71,7 +71,7 @@ def test_loops(n, chunk):
 def test_chunks_with_every_remainder(n):
     params, batch = zoo.two_layers(), zoo.data(n, 5)
     site = site_of(LOSS, params, batch)
-    whole = estimate(LOSS, params, batch, site)
+    whole = jax.jit(lambda p, b: estimate(LOSS, p, b, site))(params, batch)
     assert_same(jax.jit(lambda p, b: estimate(LOSS, p, b, site, chunk=4))(params, batch), whole)
 
 

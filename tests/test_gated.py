@@ -1,5 +1,7 @@
 """Gated units, omega g(beta'x)(mu'x), in unmodified models: against NumPy loops, searches and the network itself."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from flax import nnx
 from scipy.special import expit
 
 import tinyjax
+from tests.programs import compiled
 from tinyjax.methods import find_gates, predicted_gain, refit_fan_out, with_ridges
 from tinyjax.methods.gate_search import Problem, best_unit, climb
 
@@ -58,10 +61,11 @@ def network(kind):
 BATCH = make_batch()
 
 
+@functools.cache
 def build(kind):
     """A gated layer of two units in six slots, and its statistics for three new gates."""
     rng = np.random.default_rng(1)
-    loss_fn = network(kind)
+    loss_fn = jax.jit(network(kind))
     full = {name: draw(rng, *shape) for name, shape in SHAPES.items()}
     site = tinyjax.find_sites(loss_fn, full, BATCH)["up"]
     params = tinyjax.thin(full, site, LIVE)
@@ -115,14 +119,14 @@ def test_the_record_is_that_of_inputs_times_gates(case):
 def test_units_lower_the_bottleneck_by_what_they_say(case, num_neurons):
     """Psi falls by lambda^2 with each, and no other unit behind the first gate does better."""
     kind, _, params, _, statistics = case
-    neurons = tinyjax.tiny(statistics, num_neurons=num_neurons, ridge=0.0)
-    delta = tinyjax.best_update(statistics)
+    neurons = compiled(tinyjax.tiny, num_neurons=num_neurons, ridge=0.0)(statistics)
+    delta = compiled(tinyjax.best_update)(statistics)
     b_prev, hidden, goal = rows(kind, params, statistics.gates)
     left = goal - hidden @ np.linalg.lstsq(hidden, goal, rcond=1e-12)[0]
     units = b_prev @ np.asarray(neurons.alpha) @ np.asarray(neurons.omega)
     gain = (np.sum(left**2) - np.sum((left - units) ** 2)) / len(left)
     np.testing.assert_allclose(gain, np.sum(np.asarray(neurons.singular_values) ** 2), rtol=1e-7)
-    np.testing.assert_allclose(gain, predicted_gain(tinyjax.moments(statistics), neurons, delta), rtol=1e-7)
+    np.testing.assert_allclose(gain, compiled(predicted_gain)(tinyjax.moments(statistics), neurons, delta), rtol=1e-7)
     first = b_prev[:, :6]
     basis = np.linalg.qr(first)[0]
     best = np.linalg.svd(basis.T @ left)[1][0] ** 2 / len(left)
@@ -132,8 +136,8 @@ def test_units_lower_the_bottleneck_by_what_they_say(case, num_neurons):
 def test_the_slope_of_the_loss_is_predicted(case):
     """Exact for any gate: bilinear in fan-in and fan-out, whatever the activation's slope at 0."""
     _, loss_fn, params, site, statistics = case
-    neurons = tinyjax.tiny(statistics, num_neurons=3, ridge=0.0)
-    delta = tinyjax.best_update(statistics)
+    neurons = compiled(tinyjax.tiny, num_neurons=3, ridge=0.0)(statistics)
+    delta = compiled(tinyjax.best_update)(statistics)
     mean = tinyjax.moments(statistics)
     said = -np.sum(mean.cross_prev * (neurons.alpha @ neurons.omega))
     together = said - np.sum(mean.cross * delta)
@@ -151,7 +155,7 @@ def test_the_slope_of_the_loss_is_predicted(case):
 
 def test_a_birth_that_keeps_the_function_learns_and_the_empty_do_not(case):
     kind, loss_fn, params, site, statistics = case
-    neurons = tinyjax.tiny0(statistics, num_neurons=2)
+    neurons = compiled(tinyjax.tiny0, num_neurons=2)(statistics)
     born, written = tinyjax.write(params, site, neurons, amplitude=1.0)
     assert float(loss_fn(born, BATCH)) == float(loss_fn(params, BATCH))
     assert written.tolist() == [False, False, True, True, False, False]
@@ -165,7 +169,7 @@ def test_a_birth_that_keeps_the_function_learns_and_the_empty_do_not(case):
 def test_empty_slots_stay_empty_and_padded_is_exact(swiglu):
     """Thirty steps of AdamW: the slots left empty hold zeros, and the compact network goes the same way."""
     _, loss_fn, params, site, statistics = swiglu
-    params, _ = tinyjax.write(params, site, tinyjax.tiny(statistics, num_neurons=1), amplitude=0.5)
+    params, _ = tinyjax.write(params, site, compiled(tinyjax.tiny, num_neurons=1)(statistics), amplitude=0.5)
     compact, widths = tinyjax.compact(params, site)
     assert widths == {"up": LIVE + 1} and compact["gate"].shape == (5, 3) and compact["down"].shape == (3, 3)
     wide, (wide_site,) = tinyjax.resize(params, site, {"up": 9})
@@ -260,7 +264,7 @@ def test_the_ascent_ends_where_quasi_newton_does():
     gate = jax.jit(lambda g: climb(jax.nn.silu, problem, g, jnp.asarray(0.0), steps=150))(start)
     run = scipy.optimize.minimize(lambda b: -unit_gain(x, goal, b), np.asarray(start), method="L-BFGS-B")
     assert unit_gain(x, goal, np.asarray(gate)) > 0.99 * -run.fun > 1.02 * unit_gain(x, goal, np.asarray(start))
-    unit = best_unit(jax.nn.silu, problem, gate, jnp.asarray(0.0))
+    unit = jax.jit(lambda g: best_unit(jax.nn.silu, problem, g, jnp.asarray(0.0)))(gate)
     np.testing.assert_allclose(unit.gain, unit_gain(x, goal, np.asarray(gate)), rtol=1e-8)
 
 
@@ -269,7 +273,7 @@ def test_single_precision(swiglu):
     single = jax.tree.map(lambda a: a.astype(jnp.float32), (params, BATCH))
     found = jax.jit(lambda p, b: tinyjax.estimate(loss_fn, p, b, site, num_gates=3))(*single)
     assert found.gates.dtype == jnp.float32
-    neurons = tinyjax.tiny(found, num_neurons=2)
+    neurons = compiled(tinyjax.tiny, num_neurons=2)(found)
     slope = -np.sum(tinyjax.moments(found).cross_prev * (neurons.alpha @ neurons.omega))
 
     def loss(amplitude):
@@ -312,7 +316,7 @@ class EquinoxGated(eqx.Module):
 
 
 def linen():
-    return LinenGated().init(jax.random.key(0), BATCH["x"]), LinenGated().apply
+    return jax.jit(LinenGated().init)(jax.random.key(0), BATCH["x"]), LinenGated().apply
 
 
 def nnx_():
@@ -329,7 +333,7 @@ def equinox():
 def test_unmodified_models_of_the_frameworks(framework):
     params, apply = framework()
     params = jax.tree.map(lambda a: (a + 0.1).astype(jnp.float64), params)
-    loss_fn = lambda p, b: jnp.mean((apply(p, b["x"]) - b["t"]) ** 2)  # noqa: E731
+    loss_fn = jax.jit(lambda p, b: jnp.mean((apply(p, b["x"]) - b["t"]) ** 2))
     (site,) = tinyjax.find_sites(loss_fn, params, BATCH)
     assert site.growable and site.gate is not None and "gate" in site.gate.leaf and "up" in site.producers[0].leaf
     params = tinyjax.thin(params, site, LIVE)
@@ -380,7 +384,7 @@ def test_misuse(swiglu):
         tinyjax.tiny(statistics, num_neurons=4)
     with pytest.raises(ValueError, match="must not bring an update"):
         tinyjax.tiny_joint(statistics, num_neurons=1)
-    neurons = tinyjax.tiny(statistics, num_neurons=1)
+    neurons = compiled(tinyjax.tiny, num_neurons=1)(statistics)
     with pytest.raises(ValueError, match="gated units"):
         tinyjax.write(params, site, neurons._replace(gate=None), amplitude=1.0)
     with pytest.raises(ValueError, match="`gate` has shape"):

@@ -27,6 +27,12 @@ from tinyjax.surgery import add_update, thin, write
 SIZES = {"a": (6, 8), "b": (8, 8), "c": (8, 4)}
 
 
+def scored(model, objective, params, batch, sites, key=None, **options):
+    """`score_sites` as one program."""
+    score = jax.jit(lambda p, b, k: score_sites(model, objective, p, b, sites, key=k, **options))
+    return score(params, batch, key)
+
+
 def model(params, batch):
     x = batch[0]
     for name in ("a", "b"):
@@ -59,9 +65,14 @@ def losses(model, objective, params, batch, site, num_neurons):
     """The loss of the second half at an amplitude, with or without what the first half says is to be grown."""
     middle = len(batch[0]) // 2
     first, second = (jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(middle), slice(middle, None)))
-    statistics = estimate(lambda p, b: objective(model(p, b), b), params, first, site)
-    delta = best_update(statistics, ridge=held_out_update)
-    neurons = refit_fan_out(statistics, tiny0(statistics, num_neurons=num_neurons), delta)
+
+    @jax.jit
+    def found(params, batch):
+        statistics = estimate(lambda p, b: objective(model(p, b), b), params, batch, site)
+        delta = best_update(statistics, ridge=held_out_update)
+        return delta, refit_fan_out(statistics, tiny0(statistics, num_neurons=num_neurons), delta)
+
+    delta, neurons = found(params, first)
 
     @jax.jit
     def loss(gamma, new):
@@ -75,10 +86,10 @@ def losses(model, objective, params, batch, site, num_neurons):
 def test_slope_and_curvature_against_differences_and_the_hessian_of_the_softmax():
     params, batch, _ = network()
     tangent = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
-    move = gauss_newton(model, cross_entropy, params, tangent, batch)
+    move = jax.jit(partial(gauss_newton, model, cross_entropy))(params, tangent, batch)
 
     def outputs(t):
-        return np.asarray(model(jax.tree.map(lambda p, d: p + t * d, params, tangent), batch))
+        return np.asarray(jax.jit(model)(jax.tree.map(lambda p, d: p + t * d, params, tangent), batch))
 
     dz = (outputs(1e-5) - outputs(-1e-5)) / 2e-5
     slope = curvature = 0.0
@@ -94,8 +105,8 @@ def test_slope_and_curvature_against_differences_and_the_hessian_of_the_softmax(
 def test_where_the_loss_is_quadratic_the_score_is_the_decrease():
     """The last consumer moves a squared error: amplitude and decrease are exact, on the half not computed from."""
     params, batch, sites = network(1)
-    score = score_sites(model, squared, params, batch, sites["b"], num_neurons=2)["b"]
-    again = score_sites(model, squared, params, batch, sites["b"], num_neurons=2, update=None)["b"]
+    score = scored(model, squared, params, batch, sites["b"], num_neurons=2)["b"]
+    again = scored(model, squared, params, batch, sites["b"], num_neurons=2, update=None)["b"]
     assert score.gain_update > 0 and again.gain_update == 0
     loss = losses(model, squared, params, batch, sites["b"], 2)
 
@@ -121,10 +132,15 @@ def test_neurons_without_a_fan_in_are_scored_by_it():
     params = {name: params[name] for name in ("a", "c")}
     site = find_sites(lambda p, b: squared(linear(p, b), b), params, batch)["a"]
     params = thin(params, [site], 3)
-    score = score_sites(linear, squared, params, batch, site, num_neurons=2, method=gradmax, update=None)["a"]
+    score = scored(linear, squared, params, batch, site, num_neurons=2, method=gradmax, update=None)["a"]
     first, second = (jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(30), slice(30, None)))
-    statistics = estimate(lambda p, b: squared(linear(p, b), b), params, first, site)
-    neurons = refit_fan_in(statistics, gradmax(statistics, num_neurons=2))
+
+    @jax.jit
+    def found(params, batch):
+        statistics = estimate(lambda p, b: squared(linear(p, b), b), params, batch, site)
+        return refit_fan_in(statistics, gradmax(statistics, num_neurons=2))
+
+    neurons = found(params, first)
 
     @jax.jit
     def loss(gamma):
@@ -142,7 +158,7 @@ def test_scores_rank_sites_and_depend_on_no_unit():
         params, batch
     )
     assert set(scores) == {"a", "b"}
-    rescaled = score_sites(
+    rescaled = scored(
         model, lambda z, b: 7 * cross_entropy(z, b), params, batch, sites, num_neurons={"a": 2, "b": 2}, method=tiny
     )
     for name, score in scores.items():
@@ -151,25 +167,26 @@ def test_scores_rank_sites_and_depend_on_no_unit():
 
 def test_a_move_uphill_or_without_effect_gains_nothing():
     params, batch, sites = network(3)
-    gradient = jax.grad(lambda p: cross_entropy(model(p, batch), batch))(params)
-    uphill = gauss_newton(model, cross_entropy, params, gradient, batch)
+    gradient = jax.jit(jax.grad(lambda p: cross_entropy(model(p, batch), batch)))(params)
+    moved = jax.jit(partial(gauss_newton, model, cross_entropy))
+    uphill = moved(params, gradient, batch)
     assert uphill.slope < 0 and uphill.gain == 0 and uphill.amplitude == 0
-    still = gauss_newton(model, cross_entropy, params, jax.tree.map(jnp.zeros_like, params), batch)
+    still = moved(params, jax.tree.map(jnp.zeros_like, params), batch)
     assert still.gain == 0 and still.amplitude == 0
     wide, batch, sites = network(3, width=8)
-    assert float(score_sites(model, squared, wide, batch, sites["a"], num_neurons=1, update=None)["a"].gain) == 0
+    assert float(scored(model, squared, wide, batch, sites["a"], num_neurons=1, update=None)["a"].gain) == 0
 
 
 def test_methods_with_their_own_update_and_stochastic_ones():
     params, batch, sites = network(4)
-    joint = score_sites(model, cross_entropy, params, batch, sites["a"], num_neurons=1, method=tiny_joint, update=None)
+    joint = scored(model, cross_entropy, params, batch, sites["a"], num_neurons=1, method=tiny_joint, update=None)
     assert joint["a"].gain_update > 0
     drawn = [
-        score_sites(model, squared, params, batch, sites["a"], num_neurons=1, method=random0, key=jax.random.key(i))
+        scored(model, squared, params, batch, sites["a"], num_neurons=1, method=random0, key=jax.random.key(i))
         for i in (0, 1)
     ]
     assert drawn[0]["a"].gain != drawn[1]["a"].gain
-    fisher = score_sites(model, squared, params, batch, sites["a"], num_neurons=1, method=fisher_tiny)  # has its sums
+    fisher = scored(model, squared, params, batch, sites["a"], num_neurons=1, method=fisher_tiny)  # has its sums
     assert np.isfinite(fisher["a"].gain)
 
 

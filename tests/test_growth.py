@@ -1,6 +1,6 @@
 """`make_grow_step`: one program, pure, never worse on its batch, and clear about what it cannot do."""
 
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -45,10 +45,17 @@ def make(capacity=CAPACITY, start=START, dtype=jnp.float64, n=96):
     return params, batch, sites
 
 
+@cache
+def default():
+    """The growth with nothing chosen, and the same without `check`: each compiles once for all who use it."""
+    _, _, sites = make()
+    grow_step = tinyjax.make_grow_step(loss_fn, sites, num_neurons=4)
+    return grow_step, jax.jit(grow_step)
+
+
 def test_a_growth_widens_lowers_the_loss_and_reports():
     params, batch, sites = make()
-    grow_step = tinyjax.make_grow_step(loss_fn, sites, num_neurons=4)
-    new, info = grow_step(params, batch)
+    new, info = default()[0](params, batch)
     for site in sites:
         name = site.name
         assert int(tinyjax.width(new, site)) == START + 4 == int(info.width[name])
@@ -135,7 +142,7 @@ def test_vmap_grows_an_ensemble():
     members = jax.vmap(lambda k: tinyjax.thin(init(k, (6, CAPACITY, CAPACITY, 2)), sites, START))(
         jax.random.split(jax.random.key(5), 3)
     )
-    grow_step = tinyjax.make_grow_step(loss_fn, sites, num_neurons=2)
+    grow_step, _ = default()
     grown, info = jax.jit(jax.vmap(lambda p: grow_step(p, batch)))(members)
     one, _ = grow_step(jax.tree.map(lambda x: x[1], members), batch)
     assert info.width["0"].shape == (3,)
@@ -227,10 +234,10 @@ def test_running_statistics_are_not_trained():
 def test_nan_in_the_batch_changes_nothing_and_says_so():
     params, batch, sites = make()
     bad = {**batch, "x": batch["x"].at[3, 2].set(jnp.nan)}
-    grow_step = tinyjax.make_grow_step(loss_fn, sites, num_neurons=2)
+    grow_step, unchecked = default()
     with pytest.raises(ValueError, match=r"site `0`: the loss is not finite"):
         grow_step(params, bad)
-    same, info = jax.jit(grow_step)(params, bad)
+    same, info = unchecked(params, bad)
     chex.assert_trees_all_equal(same, params)
     assert all(info.status[n] == tinyjax.Status.NON_FINITE for n in sites.names)
     assert not any(info.born[n].any() for n in sites.names)
@@ -238,10 +245,10 @@ def test_nan_in_the_batch_changes_nothing_and_says_so():
 
 def test_more_neurons_than_free_slots():
     params, batch, sites = make(start=CAPACITY - 1)
-    grow_step = tinyjax.make_grow_step(loss_fn, sites, num_neurons=3)
+    grow_step, unchecked = default()
     with pytest.raises(ValueError, match=r"site `0` has fewer free slots than neurons asked for.*`resize`"):
         grow_step(params, batch)
-    new, info = jax.jit(grow_step)(params, batch)
+    new, info = unchecked(params, batch)
     assert int(info.width["0"]) == CAPACITY and int(info.born["0"].sum()) == 1
     chex.assert_trees_all_equal_shapes(new, params)
 

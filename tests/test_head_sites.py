@@ -10,6 +10,7 @@ import pytest
 from zoo_attention import CASES, FEATURES, OUTPUTS, Case, by_hand, data, grouped, jitter, squared
 
 import tinyjax
+from tests.programs import compiled
 from tinyjax.layout import named_leaves
 from tinyjax.methods import Neurons, predicted_gain, refit
 from tinyjax.statistics import Pattern
@@ -29,7 +30,7 @@ def plain() -> tuple[Case, tinyjax.Site]:
     """Causal attention of three heads in plain JAX, two of them in use."""
     case = grouped(3, 3)._replace(batch=data(0, 60))
     site = heads_of(case)
-    return case._replace(params=tinyjax.thin(case.params, site, 2)), site
+    return case._replace(params=tinyjax.thin(case.params, site, 2), loss_fn=jax.jit(case.loss_fn)), site
 
 
 @functools.cache
@@ -73,17 +74,17 @@ def test_the_record_is_that_of_a_neuron_reading_what_the_pattern_collects():
 def test_a_new_head_lowers_the_bottleneck_by_what_it_says_and_the_loss_falls_at_that_slope():
     case, site = plain()
     seen, hidden, goal = rows_by_loops()
-    neurons = tinyjax.tiny(record(), num_neurons=1, ridge=0.0)
+    neurons = compiled(tinyjax.tiny, num_neurons=1, ridge=0.0)(record())
     left = goal - hidden @ np.linalg.lstsq(hidden, goal, rcond=1e-12)[0]
     move = seen @ np.asarray(neurons.alpha @ neurons.omega)
     gain = (np.sum(left**2) - np.sum((left - move) ** 2)) / 60
     np.testing.assert_allclose(np.sum(neurons.singular_values**2), gain, rtol=1e-8)
     best = np.linalg.svd(np.linalg.qr(seen)[0].T @ left, compute_uv=False)[:3]
     np.testing.assert_allclose(gain, np.sum(best**2) / 60, rtol=1e-8)
-    claimed = predicted_gain(tinyjax.moments(record()), neurons, tinyjax.best_update(record()))
+    claimed = compiled(predicted_gain)(tinyjax.moments(record()), neurons, compiled(tinyjax.best_update)(record()))
     np.testing.assert_allclose(claimed, gain, rtol=1e-8)
 
-    loss, step = jax.jit(case.loss_fn), 1e-6
+    loss, step = case.loss_fn, 1e-6
     at = [loss(tinyjax.write(case.params, site, neurons, amplitude=g)[0], case.batch) for g in (0.0, step, 2 * step)]
     slope = (-3 * at[0] + 4 * at[1] - at[2]) / (2 * step)
     expected = -np.sum(np.asarray(tinyjax.moments(record()).cross_prev) * np.asarray(neurons.alpha @ neurons.omega))
@@ -161,7 +162,7 @@ def test_several_heads_at_once_each_with_a_pattern_of_its_own():
     case, site = plain()
     params = tinyjax.thin(case.params, site, 1)
     found = jax.jit(lambda p, b: tinyjax.estimate(case.loss_fn, p, b, site, num_gates=2))(params, case.batch)
-    neurons = tinyjax.tiny(found, num_neurons=2)
+    neurons = compiled(tinyjax.tiny, num_neurons=2)(found)
     assert neurons.alpha.shape == (2 * FEATURES, 6) and neurons.omega.shape == (6, OUTPUTS)
     assert np.all(neurons.alpha[:FEATURES, 3:] == 0) and np.all(neurons.alpha[FEATURES:, :3] == 0)
     grown, born = tinyjax.write(params, site, neurons, amplitude=1.0)
@@ -171,8 +172,8 @@ def test_several_heads_at_once_each_with_a_pattern_of_its_own():
         np.testing.assert_array_equal(grown["v"][:, head], neurons.alpha[mine])
         np.testing.assert_array_equal(grown["o"][head], neurons.omega[mine[1]])
         np.testing.assert_array_equal(grown["q"][:, head], found.gates.query[..., head - 1].T)
-    silent = refit(found, tinyjax.tiny0(found, num_neurons=2))
-    assert predicted_gain(tinyjax.moments(found), silent) > 0
+    gain_of = lambda s: predicted_gain(tinyjax.moments(s), refit(s, tinyjax.tiny0(s, num_neurons=2)))  # noqa: E731
+    assert jax.jit(gain_of)(found) > 0
 
 
 def cut_by_reshape(heads: int) -> Any:
@@ -189,7 +190,7 @@ def test_another_number_of_heads_keeps_the_function_of_a_rebuilt_model():
     batch = data()
     shapes = {"q": (FEATURES, 6), "k": (FEATURES, 6), "v": (FEATURES, 6), "o": (6, OUTPUTS)}
     params = jitter({name: jnp.zeros(shape) for name, shape in shapes.items()})
-    before, rebuilt = cut_by_reshape(2), cut_by_reshape(4)
+    before, rebuilt = jax.jit(cut_by_reshape(2)), jax.jit(cut_by_reshape(4))
     sites = tinyjax.find_sites(before, params, batch)
     wider, larger = tinyjax.resize(params, sites, {"heads": 4})
     np.testing.assert_allclose(rebuilt(wider, batch), before(params, batch), rtol=1e-12)
@@ -206,7 +207,7 @@ def test_misuse():
         tinyjax.estimate(case.loss_fn, case.params, case.batch, site, num_gates=4)
     with pytest.raises(ValueError, match="too few for 2 neurons"):
         tinyjax.tiny(record(), num_neurons=2)
-    bare = tinyjax.tiny(record(), num_neurons=1)._replace(gate=None)
+    bare = compiled(tinyjax.tiny, num_neurons=1, ridge=0.0)(record())._replace(gate=None)
     with pytest.raises(ValueError, match="needs whole heads"):
         tinyjax.write(case.params, site, bare, amplitude=1.0)
     with pytest.raises(ValueError, match="must not bring an update"):
@@ -225,7 +226,7 @@ def test_births_in_the_dimensions_of_heads_leave_empty_heads_empty(name):
     found = jax.jit(lambda p, b: tinyjax.estimate(case.loss_fn, p, b, inner))(params, case.batch)
     for method in (tinyjax.tiny_unprojected, functools.partial(tinyjax.random0, key=jax.random.key(0))):
         per_layer = lambda s, method=method: method(s, num_neurons=1)  # noqa: E731
-        neurons = (jax.vmap(per_layer) if inner.stack else per_layer)(found)
+        neurons = jax.jit(jax.vmap(per_layer) if inner.stack else per_layer)(found)
         grown, born = tinyjax.write(params, inner, neurons, amplitude=1.0)
         assert int(born.sum()) == 1 and int(tinyjax.width(grown, site)) == 2
 
@@ -281,7 +282,7 @@ def test_masks_dropout_biases_caps_and_other_tokens_are_as_the_model_has_them(na
     assert site.growable and sites["q"].growable and {power for _, power in sites["q"].powers} == {0.5}, sites
     params = tinyjax.thin(case.params, site, 2)
     found = jax.jit(lambda p, b: tinyjax.estimate(case.loss_fn, p, b, site))(params, case.batch)
-    neurons = tinyjax.tiny_unprojected(found, num_neurons=1, ridge=0.01)
+    neurons = compiled(tinyjax.tiny_unprojected, num_neurons=1, ridge=0.01)(found)
     expected = -np.sum(np.asarray(tinyjax.moments(found).cross_prev) * np.asarray(neurons.alpha @ neurons.omega))
     step, loss = 1e-6, jax.jit(case.loss_fn)
     at = [loss(tinyjax.write(params, site, neurons, amplitude=g)[0], case.batch) for g in (0.0, step, 2 * step)]

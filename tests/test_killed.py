@@ -20,7 +20,7 @@ def start(folder, steps, cache, *, fill_cache=False):
     is killed must not leave half a program to the next one."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1"),
         "OPENBLAS_NUM_THREADS": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),

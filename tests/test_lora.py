@@ -13,6 +13,7 @@ from flax import nnx
 
 import tinyjax
 from tests.oracles import conv_record, make_conv_site, make_samples, record
+from tests.programs import compiled
 from tinyjax.layout import named_leaves
 from tinyjax.methods import tiny_linear
 
@@ -46,7 +47,7 @@ def linen():
         def __call__(self, x):
             return Adapted(OUTPUTS, name="second")(nn.relu(Adapted(HIDDEN, name="first")(x)))
 
-    params = Net().init(jax.random.key(2), data()[0])
+    params = jax.jit(Net().init)(jax.random.key(2), data()[0])
     return lambda p, batch: squared(Net().apply(p, batch[0]), batch), params, ["first/lora_a", "second/lora_a"]
 
 
@@ -127,7 +128,7 @@ MODELS = {"linen": linen, "nnx": nnx_modules, "equinox": equinox, "plain": plain
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters_are_found_thinned_to_rank_zero_and_born_without_changing_the_function(name):
     loss_fn, params, names = MODELS[name]()
-    batch = data()
+    loss_fn, batch = jax.jit(loss_fn), data()
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # adapters start with one side at zero
     sites = tinyjax.find_sites(loss_fn, params, batch)
     for adapter in names:
@@ -137,14 +138,14 @@ def test_adapters_are_found_thinned_to_rank_zero_and_born_without_changing_the_f
     adapters = [sites[adapter] for adapter in names]
     empty = tinyjax.thin(params, adapters, 0)
     assert [int(tinyjax.width(empty, site)) for site in adapters] == [0, 0]
-    without = loss_fn(empty, batch)
+    without, gradient_of = loss_fn(empty, batch), jax.jit(jax.grad(loss_fn))
     assert abs(without - loss_fn(params, batch)) > 1e-6
     # Empty on both sides no slot learns; born with a fan-in alone, as every adapter starts, its fan-out does.
     for member in adapters[0].members:
-        assert np.all(_leaf(jax.grad(loss_fn)(empty, batch), member.leaf) == 0)
+        assert np.all(_leaf(gradient_of(empty, batch), member.leaf) == 0)
     born, _ = tinyjax.write(empty, adapters[0], _birth(adapters[0]), amplitude=1.0)
     np.testing.assert_array_equal(loss_fn(born, batch), without)
-    gradient = jax.grad(loss_fn)(born, batch)
+    gradient = gradient_of(born, batch)
     fan_in, fan_out = (next(m for m in adapters[0].members if m.role == role) for role in ("fan_in", "fan_out"))
     assert np.all(_leaf(gradient, fan_in.leaf) == 0)
     moved = fan_out.layout.to_slots(_leaf(gradient, fan_out.leaf))
@@ -167,6 +168,7 @@ def problem(used, seed=0):
     kernel = jax.random.normal(keys[3], (INPUTS, OUTPUTS)) / 4
     params = {"a": jax.random.normal(keys[4], (INPUTS, RANK)), "b": jax.random.normal(keys[0], (RANK, OUTPUTS)) / 4}
 
+    @jax.jit
     def loss_fn(params, batch):
         outputs = batch[0] @ kernel + (batch[0] @ params["a"]) @ params["b"]
         return jnp.mean(jnp.sum(jnp.abs(outputs - batch[1]) ** 3, axis=1))  # no quadratic: V_goal is no residual
@@ -176,6 +178,10 @@ def problem(used, seed=0):
     outputs = x @ kernel + (x @ params["a"]) @ params["b"] - batch[1]
     goal = np.asarray(-3 * outputs * jnp.abs(outputs))  # -n dloss/da by hand
     return loss_fn, params, batch, site, goal
+
+
+def estimated(loss_fn, params, batch, site):
+    return jax.jit(lambda p, b: tinyjax.estimate(loss_fn, p, b, site))(params, batch)
 
 
 def minimum(value, shapes, starts=4):
@@ -194,8 +200,8 @@ def minimum(value, shapes, starts=4):
 @pytest.mark.parametrize("used", [0, 2])
 def test_the_slope_of_the_loss_is_the_prediction(used):
     loss_fn, params, batch, site, _ = problem(used)
-    statistics = tinyjax.estimate(loss_fn, params, batch, site)
-    neurons = tiny_linear(statistics, num_neurons=2, ridge=0.0)
+    statistics = estimated(loss_fn, params, batch, site)
+    neurons = compiled(tiny_linear, num_neurons=2, ridge=0.0)(statistics)
     at = [loss_fn(tinyjax.write(params, site, neurons, amplitude=g)[0], batch) for g in (0.0, 1e-6, 2e-6)]
     slope = (-3 * at[0] + 4 * at[1] - at[2]) / 2e-6
     np.testing.assert_allclose(slope, -np.sum(neurons.singular_values**2), rtol=1e-5)
@@ -211,7 +217,7 @@ def test_neurons_are_the_optimum_with_the_old_adapter_free_to_move():
 
     old = minimum(psi, [(INPUTS, 2), (2, OUTPUTS)], starts=1)
     together = minimum(psi, [(INPUTS, 2), (2, OUTPUTS), (INPUTS, 1), (1, OUTPUTS)])
-    neurons = tiny_linear(tinyjax.estimate(loss_fn, params, batch, site), num_neurons=1, ridge=0.0)
+    neurons = compiled(tiny_linear, num_neurons=1, ridge=0.0)(estimated(loss_fn, params, batch, site))
     np.testing.assert_allclose(old - np.sum(neurons.singular_values**2), together, rtol=1e-6)
     # Exactly nothing that the old adapter can do, on either side.
     assert np.allclose(neurons.omega @ b.T, 0, atol=1e-9)
@@ -220,9 +226,9 @@ def test_neurons_are_the_optimum_with_the_old_adapter_free_to_move():
 
 def test_the_first_rank_of_an_empty_adapter_is_that_of_tiny_and_the_best_of_all():
     loss_fn, params, batch, site, goal = problem(0)
-    statistics = tinyjax.estimate(loss_fn, params, batch, site)
-    first = tiny_linear(statistics, num_neurons=1, ridge=0.0)
-    np.testing.assert_allclose(first.alpha, tinyjax.tiny(statistics, num_neurons=1, ridge=0.0).alpha, atol=1e-12)
+    statistics = estimated(loss_fn, params, batch, site)
+    first, plain = (compiled(method, num_neurons=1, ridge=0.0)(statistics) for method in (tiny_linear, tinyjax.tiny))
+    np.testing.assert_allclose(first.alpha, plain.alpha, atol=1e-12)
     lowest = minimum(lambda a, b: jnp.sum((goal - batch[0] @ a @ b) ** 2) / 60, [(INPUTS, 1), (1, OUTPUTS)])
     np.testing.assert_allclose(np.sum(goal**2) / 60 - np.sum(first.singular_values**2), lowest, rtol=1e-7)
 
@@ -230,7 +236,7 @@ def test_the_first_rank_of_an_empty_adapter_is_that_of_tiny_and_the_best_of_all(
 def test_at_full_rank_nothing_is_new():
     samples = make_samples(3)
     samples.weight[:4] = np.eye(4)  # four existing neurons write to every output
-    assert np.all(tiny_linear(record(samples), num_neurons=2, ridge=0.0).alpha == 0)
+    assert np.all(compiled(tiny_linear, num_neurons=2, ridge=0.0)(record(samples)).alpha == 0)
 
 
 def test_only_dense_consumers():
@@ -241,7 +247,7 @@ def test_only_dense_consumers():
 @pytest.mark.parametrize("name", MODELS)
 def test_a_growth_from_rank_zero_lowers_the_loss(name):
     loss_fn, params, names = MODELS[name]()
-    batch = data()
+    loss_fn, batch = jax.jit(loss_fn), data()
     sites = tinyjax.find_sites(loss_fn, params, batch)
     adapters = [sites[adapter] for adapter in names]
     empty = tinyjax.thin(params, adapters, 0)

@@ -23,6 +23,8 @@ N, K = 32, 2
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 METHOD = partial(tinyjax.tiny, ridge=1e-2)
 UPDATE = partial(tinyjax.best_update, ridge=1e-2)
+neurons_of = jax.jit(partial(METHOD, num_neurons=K, update_ridge=1e-2))
+update_of = jax.jit(UPDATE)
 
 
 def conv(x, kernel, strides=(1, 1), padding: Any = "SAME"):
@@ -56,6 +58,7 @@ def loss_of(apply):
 
 def case(name):
     apply, shapes = CASES[name]
+    apply = jax.jit(apply)
     params = draw(3, **shapes)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(N, 5, 4, 2)))
@@ -66,7 +69,7 @@ def case(name):
 
 def moves(apply, params, batch, site, statistics):
     """Residual and V(theta), both (n, everything), by writing the update and the neurons into the model."""
-    neurons, delta = METHOD(statistics, num_neurons=K, update_ridge=1e-2), UPDATE(statistics)
+    neurons, delta = neurons_of(statistics), update_of(statistics)
     z = apply(params, batch["x"])
     updated = tinyjax.add_update(params, site, delta, amplitude=1.0)
     left = 2 * (batch["t"] - z) - (apply(updated, batch["x"]) - z)
@@ -102,17 +105,15 @@ def test_gains_are_those_of_the_moves_at_their_best_amplitude(name):
         held_out.append(psi_falls(left[1 - fitted :: 2], move[1 - fitted :: 2], gamma))
     np.testing.assert_allclose(info.gain_held_out["k"], np.mean(held_out), rtol=1e-9)
 
-    bound = predicted_gain(
-        moments(statistics), METHOD(statistics, num_neurons=K, update_ridge=1e-2), UPDATE(statistics)
-    )
+    bound = jax.jit(predicted_gain)(moments(statistics), neurons_of(statistics), update_of(statistics))
     assert gain > (3 if name == "strided" else 1) * bound or name == "pooled"
 
 
 def test_squares_are_of_the_samples_they_name():
     apply, params, batch, site = case("strided")
     squares = bounded_squares(loss_of(apply), params, batch, tinyjax.Sites([site]), has_aux=False)["k"]
-    statistics = tinyjax.estimate(loss_of(apply), params, batch, site)
-    neurons = METHOD(statistics, num_neurons=K, update_ridge=1e-2)
+    statistics = jax.jit(lambda p, b: tinyjax.estimate(loss_of(apply), p, b, site))(params, batch)
+    neurons = neurons_of(statistics)
     twice = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), neurons._replace(singular_values=None))
     _, move = moves(apply, params, batch, site, statistics)
     square = np.sum(move**2, axis=1)
@@ -128,7 +129,7 @@ def test_only_sites_with_several_offsets_need_them():
 def test_diagnosis_scores_convolutions_at_their_best_amplitude():
     apply, params, batch, site = case("strided")
     (finding,) = tinyjax.diagnose(loss_of(apply), params, batch, num_neurons=K).findings.values()
-    statistics = tinyjax.estimate(loss_of(apply), params, batch, site)
+    statistics = jax.jit(lambda p, b: tinyjax.estimate(loss_of(apply), p, b, site))(params, batch)
     ridge, update_ridge = 2 * tinyjax.held_out(statistics), 2 * tinyjax.held_out_update(statistics)
 
     def fit(half):

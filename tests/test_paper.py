@@ -8,6 +8,7 @@ import scipy.linalg
 
 from tests import oracles
 from tests.oracles import make_samples, record
+from tests.programs import compiled
 from tinyjax.methods import best_update, bottleneck, predicted_gain, residual_cross, tiny
 from tinyjax.statistics import Statistics, moments
 
@@ -20,6 +21,7 @@ CASES = {
     "many outputs": make_samples(5, outputs=12),
 }
 exact_tiny = jax.jit(lambda s: tiny(s, num_neurons=3, ridge=0.0))
+best_update, bottleneck, predicted_gain = jax.jit(best_update), jax.jit(bottleneck), jax.jit(predicted_gain)
 
 
 @pytest.fixture(params=CASES)
@@ -29,13 +31,11 @@ def samples(request):
 
 def test_proposition_3_1(samples):
     """dW* is the least squares solution of smallest norm."""
-    np.testing.assert_allclose(
-        jax.jit(best_update)(record(samples)), oracles.least_squares(samples.b, samples.v), atol=1e-10
-    )
+    np.testing.assert_allclose(best_update(record(samples)), oracles.least_squares(samples.b, samples.v), atol=1e-10)
 
 
 def test_definition_3_1(samples):
-    got = jax.jit(bottleneck)(record(samples))
+    got = bottleneck(record(samples))
     np.testing.assert_allclose(got.before, oracles.psi(samples.v), rtol=1e-12)
     np.testing.assert_allclose(got.after, np.sum(oracles.residual(samples) ** 2) / len(samples.v), atol=1e-10)
 
@@ -61,7 +61,7 @@ def test_the_fan_in_has_the_smallest_norm():
 
 def test_equation_9(samples):
     """Psi after the first k neurons is psi minus the sum of the first k lambda^2, for every k."""
-    got = jax.jit(bottleneck)(record(samples))
+    got = bottleneck(record(samples))
     left = oracles.residual(samples)
     neurons = exact_tiny(record(samples))
     for k in range(4):
@@ -113,8 +113,9 @@ def test_corollary_1():
     move = samples.b_prev @ together.alpha[:, :1] @ together.omega[:1]
     # the old neurons do not move again: b is emptied, so that the residual is the goal itself
     rest = samples._replace(v=left - move, b=np.zeros_like(samples.b))
-    then = tiny(record(rest), num_neurons=2, ridge=0.0)
-    np.testing.assert_allclose(tiny(first, num_neurons=1, ridge=0.0).alpha, together.alpha[:, :1], atol=1e-9)
+    then = compiled(tiny, num_neurons=2, ridge=0.0)(record(rest))
+    one = compiled(tiny, num_neurons=1, ridge=0.0)(first)
+    np.testing.assert_allclose(one.alpha, together.alpha[:, :1], atol=1e-9)
     np.testing.assert_allclose(then.alpha @ then.omega, together.alpha[:, 1:] @ together.omega[1:], atol=1e-9)
 
 

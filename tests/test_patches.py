@@ -59,23 +59,21 @@ def test_sums_equal_loops_over_pixels(name, way):
 @EVERY
 def test_new_channels_move_the_output_as_n_and_s_say(name):
     geo = GEOMETRIES[name]
-    x, h, v = (jnp.asarray(a) for a in arrays(geo, n=5, seed=1))
-    sums = fast_sums(x, h, v, geo)
+    x, h, v = arrays(geo, n=5, seed=1)
+    sums = jax.tree.map(np.asarray, fast_sums(x, h, v, geo))
     rng = np.random.default_rng(2)
-    alpha = jnp.asarray(rng.normal(size=(sums.cross_prev.shape[1], 2)))
-    omega = jnp.asarray(rng.normal(size=(2, sums.cross_prev.shape[2])))
-    move = jax.jit(
-        lambda: linear_move(x, alpha, omega, geo.producer, geo.consumer, bias_prev=True, between=geo.between)
-    )()
-    fan_out = np.asarray(omega).reshape(2, v.shape[-1], -1)
+    alpha, omega = (rng.normal(size=s) for s in ((sums.cross_prev.shape[1], 2), (2, sums.cross_prev.shape[2])))
+    moved = functools.partial(linear_move, producer=geo.producer, consumer=geo.consumer, between=geo.between)
+    move = np.asarray(jax.jit(functools.partial(moved, bias_prev=True))(x, alpha, omega))
+    fan_out = omega.reshape(2, v.shape[-1], -1)
     expected = np.zeros(v.shape)
     for i, j in itertools.product(range(len(x)), pixels(v.shape[1:-1])):
-        image = slow_image(np.asarray(x[i]), geo, True)
+        image = slow_image(x[i], geo, True)
         for o, offset in enumerate(pixels(geo.consumer.size)):
             expected[i][j] += read(image, geo.consumer, j, offset)[0] @ alpha @ fan_out[..., o]
     assert_close(move, expected)
     # its slope is exactly <N~, alpha omega>
-    slope, product = np.sum(v * move), np.asarray(alpha @ omega)
+    slope, product = np.sum(v * move), alpha @ omega
     assert abs(slope) > 1e-3
     np.testing.assert_allclose(slope, np.sum(sums.cross_prev.sum(0) * product), rtol=1e-10)
     # and its square at most <alpha omega, S alpha omega>: lemma C.2, with the constant counted in r

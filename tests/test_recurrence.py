@@ -10,6 +10,7 @@ import oracles
 import pytest
 from brute import QUICK, inspect
 from killed_run import digits
+from programs import compiled
 from zoo import Model, data, draw
 from zoo_recurrent import RECURRENT
 
@@ -112,13 +113,13 @@ def test_a_readout_of_the_last_state_is_fitted_as_if_it_were_read_at_its_share_o
     root = np.sqrt(found.shares)
     samples = oracles.Samples(b, h, v / root, np.asarray(found.weight_prev), np.asarray(found.weight))
     delta = oracles.least_squares(h, v / root)
-    np.testing.assert_allclose(tinyjax.best_update(found), delta / root, atol=1e-9)
+    np.testing.assert_allclose(compiled(tinyjax.best_update)(found), delta / root, atol=1e-9)
     move, singular = oracles.eckart_young(b, oracles.residual(samples), 2)
-    neurons = tinyjax.tiny(found, num_neurons=2, ridge=0.0)
+    neurons = compiled(tinyjax.tiny, num_neurons=2, ridge=0.0)(found)
     np.testing.assert_allclose(b @ neurons.alpha @ neurons.omega, move / root, atol=1e-7)
     n = len(model.batch["x"])
     np.testing.assert_allclose(neurons.singular_values, np.sqrt(len(v) / n) * singular[:2], rtol=1e-7)
-    psi = tinyjax.bottleneck(found)
+    psi = compiled(tinyjax.bottleneck)(found)
     np.testing.assert_allclose(psi.after, np.sum(oracles.residual(samples) ** 2) / n, rtol=1e-8)
 
 
@@ -185,7 +186,7 @@ def test_split_and_duplicate_units(case):
     loss_fn, params, batch, sites = case
     (site,) = sites
     estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=site), compiler_options=QUICK)
-    split = tinyjax.net2net(estimate(params, batch), num_neurons=1, key=jax.random.key(0))
+    split = compiled(tinyjax.net2net, num_neurons=1)(estimate(params, batch), key=jax.random.key(0))
     wider, born = tinyjax.write(params, site, split, amplitude=1.0)
     before = float(loss_fn(params, batch))
     assert int(born.sum()) == 1 and loss_fn(wider, batch) == pytest.approx(before, abs=1e-14)
@@ -336,9 +337,9 @@ def test_a_block_used_three_times_adds_its_rows(loop):
             np.testing.assert_allclose(getattr(found, field)[half], left[mine].T @ right[mine], rtol=1e-10, atol=1e-13)
     samples = oracles.Samples(b_prev, b, v, p["w"], p["u"])
     _, singular = oracles.eckart_young(b_prev, oracles.residual(samples), 4)
-    neurons = tinyjax.tiny(found, num_neurons=4, ridge=0.0)
+    neurons = compiled(tinyjax.tiny, num_neurons=4, ridge=0.0)(found)
     np.testing.assert_allclose(neurons.singular_values, np.sqrt(3) * singular[:4], rtol=1e-7)
-    psi = tinyjax.bottleneck(found)
+    psi = compiled(tinyjax.bottleneck)(found)
     np.testing.assert_allclose(psi.after, 3 * oracles.psi(oracles.residual(samples)), rtol=1e-10)
 
 

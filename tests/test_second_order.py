@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 
 import tinyjax
 from tests.oracles import make_samples, record
+from tests.programs import compiled
 from tinyjax import methods
 from tinyjax.methods.second_order import held_out_third, rank_one_part, rank_one_parts
 from tinyjax.statistics import keep_half
@@ -27,6 +28,7 @@ def apply(params, x, activation):
 
 
 def make_loss(activation):
+    @jax.jit
     def loss_fn(params, batch):
         return jnp.mean(jnp.sum((apply(params, batch[0], activation) - batch[1]) ** 2, axis=-1))
 
@@ -74,7 +76,7 @@ def test_third_moments_are_those_of_the_residual(n, chunk):
     b = np.concatenate([hidden, np.ones((n, 1))], axis=1)
     b_prev = np.concatenate([x, np.ones((n, 1))], axis=1)
     v = 2 * (target - np.asarray(apply(params, x, jax.nn.gelu)))
-    ridge = float(tinyjax.held_out_update(got))
+    ridge = float(compiled(tinyjax.held_out_update)(got))
     gram = b.T @ b / n
     residual = v - b @ np.linalg.solve(gram + ridge * np.diag(np.diag(gram)), b.T @ v / n)
     outputs = np.asarray(got.third_outputs)
@@ -181,7 +183,7 @@ def test_the_held_out_ridge_finds_more_on_unseen_samples():
     held_out, exact = np.mean(found, axis=0)
     assert held_out > exact + 0.05
     half = keep_half(record(samples, third_outputs=np.eye(1)), 0)
-    assert float(held_out_third(half)) == 1.0
+    assert float(compiled(held_out_third)(half)) == 1.0
 
 
 def test_neurons_come_in_pairs_that_cancel_to_first_order():
@@ -219,7 +221,7 @@ def test_tiny_finds_nothing_in_the_stuck_network():
 @pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.silu, lambda z: jnp.sin(z) - z**2])
 def test_the_loss_falls_at_the_predicted_rate(activation):
     loss_fn, params, batch, site, statistics = statistics_of(activation)
-    neurons = methods.second_order(statistics, num_neurons=2, ridge=0.0)
+    neurons = compiled(methods.second_order, num_neurons=2, ridge=0.0)(statistics)
 
     @jax.jit
     def loss_at(root):
@@ -236,7 +238,7 @@ def test_the_loss_falls_at_the_predicted_rate(activation):
 
 def test_a_relu_neuron_falls_at_the_rate_of_its_kink_nearly_the_largest():
     loss_fn, params, (x, target), site, statistics = statistics_of(jax.nn.relu)
-    neurons = methods.second_order(statistics, num_neurons=1, ridge=0.0)
+    neurons = compiled(methods.second_order, num_neurons=1, ridge=0.0)(statistics)
     gamma = 1e-6
     grown, _ = tinyjax.write(params, site, neurons, amplitude=gamma)
     rate = (float(loss_fn(params, (x, target))) - float(loss_fn(grown, (x, target)))) / gamma
@@ -335,8 +337,8 @@ def test_an_unmodified_model_grows_and_an_odd_activation_is_refused_by_name():
     model = Net()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 3)))
     batch = x, x[:, :1] * x[:, 1:2]
-    loss_fn = lambda params, batch: jnp.mean((model.apply(params, batch[0]) - batch[1]) ** 2)  # noqa: E731
-    params = model.init(jax.random.key(0), x)
+    loss_fn = jax.jit(lambda params, batch: jnp.mean((model.apply(params, batch[0]) - batch[1]) ** 2))
+    params = jax.jit(model.init)(jax.random.key(0), x)
     sites = tinyjax.find_sites(loss_fn, params, batch)
     silu, tanh = sites["silu"], sites["tanh"]
     params = tinyjax.thin(params, sites, 3)

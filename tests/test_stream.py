@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from brute import inspect
+from programs import compiled
 from zoo_stream import CASES, FEATURES, HIDDEN, OUTPUTS, TOKENS, WIDTH, data, rms
 
 import tinyjax
@@ -205,7 +206,7 @@ def test_the_best_update_moves_every_reader_by_its_own():
     """Side by side: the update of each reader is that of its own inputs alone."""
     case, loss_fn, params, _, site = found("by_hand")
     statistics = jax.jit(partial(tinyjax.estimate, loss_fn, sites=site))(params, case.batch)
-    delta = np.asarray(tinyjax.best_update(statistics))
+    delta = np.asarray(compiled(tinyjax.best_update)(statistics))
     mean = tinyjax.moments(statistics)
     height = WIDTH + 1
     alone = np.linalg.pinv(mean.gram[:height, :height]) @ mean.cross[:height, :HIDDEN]
