@@ -105,6 +105,7 @@ def require_leaves(params: Params, names: Iterable[str]) -> dict[str, Array]:
     return {name: leaves[name] for name in names}
 
 
+@jax.jit
 def live(slots: Array) -> Array:
     """Which rows of `(*stack, slots, rest)` hold anything but zeros, in any layer of a stack: `(slots,)` booleans."""
     used = jnp.any(slots != 0, axis=-1)

@@ -4,9 +4,13 @@ Every solve works on the *correlation scale*: S = D^(1/2) C D^(1/2) with D = dia
 decides what is numerically zero, and a ridge S + r D means the same for every unit. Inputs of zero variance (free
 slots) are replaced by rows of the identity and stay out. All cut-offs are relative. NaN in, NaN out: comparisons are
 written so that NaN counts as "not small".
+
+The pieces are jitted: called outside `jit` they compile as a whole and not operation by operation, and a program that
+solves several times traces them once.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -47,6 +51,7 @@ def relative_cutoff(dtype: jnp.dtype) -> float:
     return 1e-10 if jnp.finfo(dtype).bits >= 64 else 1e-6
 
 
+@jax.jit
 def correlation(
     matrix: Float[Array, "d d"], diagonal: Float[Array, " d"] | None = None
 ) -> tuple[Float[Array, "d d"], Float[Array, "d 1"]]:
@@ -111,16 +116,31 @@ def cholesky_solve(
     matrix: Float[Array, "d d"], rhs: Float[Array, "d q"], ridge: float | int | Float[Array, ""]
 ) -> Float[Array, "d q"]:
     """(C + ridge I)^-1 X for a matrix on the correlation scale; the ridge is at least the dtype's rounding error."""
-    lower = _cholesky(matrix, ridge)
+    lower = _cholesky(matrix, jnp.asarray(ridge, matrix.dtype))
     return solve_triangular(lower, solve_triangular(lower, rhs, lower=True), lower=True, trans=1)
 
 
+class _EigenRoot(NamedTuple):
+    """What the exact root is applied with: the root, the null space of S, a root of its Gram, 1 / deviations, rank."""
+
+    root: Array
+    null: Array
+    null_root: Array
+    inverse_scale: Array
+    rank: Array
+
+
 def _eigen_factor(matrix: Float[Array, "d d"]) -> Factor:
+    found = _eigen_root(matrix)
+    return Factor(partial(_eigen_whiten, found), partial(_eigen_unwhiten, found), found.rank)
+
+
+@jax.jit
+def _eigen_root(matrix: Float[Array, "d d"]) -> _EigenRoot:
     scaled, inverse_scale = correlation(matrix)
     values, vectors = jnp.linalg.eigh(scaled)
     kept = ~(values <= relative_cutoff(matrix.dtype) * values[-1])
     root = vectors * jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1)), 0)
-    live = inverse_scale[:, 0] != 0
 
     # A solution on the correlation scale is not yet the one of smallest norm: take out its part in the null space of S.
     null = jnp.where(kept, 0, vectors) * inverse_scale
@@ -128,36 +148,54 @@ def _eigen_factor(matrix: Float[Array, "d d"]) -> Factor:
     jitter = 10 * len(values) * jnp.finfo(matrix.dtype).eps
     null_gram = matmul(null.T, null) + jnp.diag(jnp.where(kept, 1, jitter))
     null_root = jnp.linalg.cholesky(null_gram)
-
-    def smallest(x: Array) -> Array:
-        coefficients = jax.scipy.linalg.cho_solve((null_root, True), matmul(null.T, x))
-        return jnp.where(live[:, None], x - matmul(null, coefficients), 0)
-
-    return Factor(
-        whiten=lambda x: matmul(root.T, x * inverse_scale),
-        unwhiten=lambda u: smallest(matmul(root, u) * inverse_scale),
-        rank=jnp.sum(kept) - jnp.sum(~live),
-    )
+    return _EigenRoot(root, null, null_root, inverse_scale, jnp.sum(kept) - jnp.sum(inverse_scale == 0))
 
 
-def _cholesky(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""]) -> Float[Array, "d d"]:
+@jax.jit
+def _eigen_whiten(found: _EigenRoot, x: Array) -> Array:
+    return matmul(found.root.T, x * found.inverse_scale)
+
+
+@jax.jit
+def _eigen_unwhiten(found: _EigenRoot, u: Array) -> Array:
+    x = matmul(found.root, u) * found.inverse_scale
+    coefficients = jax.scipy.linalg.cho_solve((found.null_root, True), matmul(found.null.T, x))
+    return jnp.where(found.inverse_scale != 0, x - matmul(found.null, coefficients), 0)
+
+
+@jax.jit
+def _cholesky(matrix: Float[Array, "d d"], ridge: Float[Array, ""]) -> Float[Array, "d d"]:
     """The lower Cholesky factor of C + ridge I, with a ridge of at least the rounding error of the dtype."""
     size = len(matrix)
-    ridge = jnp.maximum(jnp.asarray(ridge, matrix.dtype), size * jnp.finfo(matrix.dtype).eps)
+    ridge = jnp.maximum(ridge, size * jnp.finfo(matrix.dtype).eps)
     # LAPACK reads columns: the transpose of rows is already in its order, and the matrix is symmetric.
     return lax.linalg.cholesky((matrix + ridge * jnp.eye(size, dtype=matrix.dtype)).T, symmetrize_input=False)
 
 
 def _cholesky_factor(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""]) -> Factor:
-    scaled, inverse_scale = correlation(matrix)
-    lower = _cholesky(scaled, ridge)
+    lower, inverse_scale, rank = _cholesky_root(matrix, jnp.asarray(ridge, matrix.dtype))
     return Factor(
-        whiten=lambda x: solve_triangular(lower, x * inverse_scale, lower=True),
-        unwhiten=lambda u: solve_triangular(lower, u, lower=True, trans=1) * inverse_scale,
-        rank=jnp.sum(inverse_scale != 0),
+        partial(_cholesky_whiten, lower, inverse_scale), partial(_cholesky_unwhiten, lower, inverse_scale), rank
     )
 
 
+@jax.jit
+def _cholesky_root(matrix: Float[Array, "d d"], ridge: Float[Array, ""]) -> tuple[Array, Array, Array]:
+    scaled, inverse_scale = correlation(matrix)
+    return _cholesky(scaled, ridge), inverse_scale, jnp.sum(inverse_scale != 0)
+
+
+@jax.jit
+def _cholesky_whiten(lower: Array, inverse_scale: Array, x: Array) -> Array:
+    return solve_triangular(lower, x * inverse_scale, lower=True)
+
+
+@jax.jit
+def _cholesky_unwhiten(lower: Array, inverse_scale: Array, u: Array) -> Array:
+    return solve_triangular(lower, u, lower=True, trans=1) * inverse_scale
+
+
+@partial(jax.jit, static_argnames="num")
 def top_singular(
     matrix: Float[Array, "d q"], num: int, floor: float | int | Float[Array, ""] = 0.0
 ) -> tuple[Float[Array, "d k"], Float[Array, " k"], Float[Array, "k q"]]:

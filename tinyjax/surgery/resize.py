@@ -207,12 +207,19 @@ def _axis_index(factors: Mapping[int, tuple[tuple[int, ...], np.ndarray]]) -> np
     return index.ravel()
 
 
+@jax.jit
 def _gather(x: Array, axes: Mapping[int, np.ndarray], padding: Any) -> Array:
-    """`x` indexed along axes, `padding` where the index is -1."""
+    """`x` indexed along axes, `padding` where the index is -1; jitted, or every operation is a program of its own."""
     for axis, index in axes.items():
         slab = jnp.full((*x.shape[:axis], 1, *x.shape[axis + 1 :]), padding, x.dtype)
-        x = jnp.take(jnp.concatenate([x, slab], axis=axis), np.where(index < 0, x.shape[axis], index), axis=axis)
+        x = jnp.take(jnp.concatenate([x, slab], axis=axis), jnp.where(index < 0, x.shape[axis], index), axis=axis)
     return x
+
+
+@jax.jit
+def _over(fresh: Array, x: Array, axes: Mapping[int, np.ndarray]) -> Array:
+    """`x` indexed along axes, `fresh` where an index is -1."""
+    return jnp.where(_gather(jnp.ones(x.shape, bool), axes, False), _gather(x, axes, 0), fresh)
 
 
 def _resize_like(tree: Any, changes: Mapping[str, _Change], names: Mapping[str, str]) -> Any:
@@ -249,7 +256,7 @@ def _paste(old: Any, new: Any, changes: Mapping[str, _Change], trained: Mapping[
             for axis, index in change.axes.items()
             if (x.shape[axis], fresh.shape[axis]) == (change.shape[axis], len(index))
         }
-        kept = _gather(jnp.ones(x.shape, bool), axes, False)
-        return jnp.where(kept, _gather(x, axes, 0), fresh) if kept.shape == fresh.shape else fresh
+        shape = tuple(len(axes[axis]) if axis in axes else size for axis, size in enumerate(x.shape))
+        return _over(fresh, x, axes) if shape == fresh.shape else fresh
 
     return jax.tree_util.tree_map_with_path(leaf, old, new)

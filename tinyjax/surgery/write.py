@@ -6,9 +6,12 @@ starts narrow. Both touch only the entries of the slots concerned.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
@@ -87,18 +90,23 @@ def thin(params: Params, sites: Sites | Site, width: int | Mapping[str, int]) ->
                 f"`width` {kept} of site `{name}` is outside 0 .. {site.capacity}, its capacity; "
                 "`resize` makes room for more"
             )
-        params = empty_slots(params, site, jnp.arange(site.capacity) >= kept)
+        params = empty_slots(params, site, np.arange(site.capacity) >= kept)
     return params
 
 
-def empty_slots(params: Params, site: Site, mask: Bool[Array, " capacity"]) -> Params:
+def empty_slots(params: Params, site: Site, mask: Bool[ArrayLike, " capacity"]) -> Params:
     """Empties the slots marked in `mask`, see `thin`."""
     leaves = site_leaves(params, site)
     for member in site.members:
-        slots = member.layout.to_slots(leaves[member.leaf])
-        empty = jnp.where(mask[:, None], jnp.asarray(NEUTRAL.get(member.role, 0), slots.dtype), slots)
-        leaves[member.leaf] = member.layout.from_slots(empty)
+        leaves[member.leaf] = _emptied(member.layout, leaves[member.leaf], mask, NEUTRAL.get(member.role, 0))
     return replace_leaves(params, leaves)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _emptied(layout: Layout, leaf: Array, mask: ArrayLike, neutral: float) -> Array:
+    """A leaf with `neutral` in the marked slots; jitted, or every operation is a program of its own."""
+    slots = layout.to_slots(leaf)
+    return layout.from_slots(jnp.where(jnp.asarray(mask)[:, None], jnp.asarray(neutral, slots.dtype), slots))
 
 
 def write(
