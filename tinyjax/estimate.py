@@ -193,8 +193,9 @@ def estimate_batch(
             gates |= search(loss_fn, params, some, found, per_site(sites, num_gates), has_aux=has_aux)
     sums = energy_matrix or third_moments > 0, offset_gram, null_draws
     step = Step(loss_fn, sites, has_aux, *sums, gates, project, asked=asked or {})
-    whole = trace(loss_fn, params, batch, has_aux=has_aux)
-    if size < num_samples and not (chunk is None and micro_batch is None and num_numbers(whole) <= AT_ONCE):
+    in_parts = size < num_samples and (chunk is not None or micro_batch is not None)
+    whole = None if in_parts else trace(loss_fn, params, batch, has_aux=has_aux)
+    if size < num_samples and (whole is None or num_numbers(whole) > AT_ONCE):
         traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
         discovery = discover(traced)
         coupled = coupling(discovery.graph, discovery.axes) if micro_batch is None else ""
@@ -208,6 +209,7 @@ def estimate_batch(
                 return sums_in_chunks(step, traced, discovery, params, batch, num_samples, size, first)
 
             return in_chunks(step) if not third_moments else with_thirds(step, in_chunks, discovery, third_moments)
+    assert whole is not None, "a loss that couples its samples is refused a `chunk`"
     discovery = discover(whole)
 
     def at_once(step: Step) -> Estimate:
