@@ -169,6 +169,7 @@ CASES = {
         Case("a number for the loss function", lambda g: find(g, 3.0), "`loss_fn` must be a function"),
         Case("a kernel of integers", lambda g: find(g, params=g.params | {"w": jnp.ones((5, CAPACITY), int)}), "`w` has integer dtype"),
         Case("text among the parameters", lambda g: find(g, params=g.params | {"name": "net"}), r"`params`\['name'\] is a str"),
+        Case("two leaves of one path", lambda g: find(g, params=g.params | {"a/b": jnp.ones(3), "a": {"b": jnp.ones(3)}}), r"two leaves have the path `a/b`: \['a'\]\['b'\] and \['a/b'\]"),
         Case("parameters without leaves", lambda g: find(g, lambda p, b: b["x"].mean(), params={}), "`params` has no leaves"),
         Case("the site of another model", lambda g: tinyjax.estimate(
             lambda p, b: loss_fn({n[0]: x for n, x in p.items()}, b), {n + "_": x for n, x in g.params.items()}, g.batch, g.site),

@@ -84,8 +84,23 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def named_leaves(params: Params) -> dict[str, Array]:
-    """The leaves of a parameter tree by path."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    """The leaves of a parameter tree by path.
+
+    Raises:
+        ValueError: two leaves have one path: `{"a": {"b": ...}, "a/b": ...}`.
+    """
+    leaves: dict[str, Array] = {}
+    paths: dict[str, tuple[Any, ...]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        if name in leaves:
+            first, second = (jax.tree_util.keystr(p) for p in (paths[name], path))
+            raise ValueError(
+                f"two leaves have the path `{name}`: {first} and {second}. Paths join the keys of a leaf by `/`, so "
+                "rename one of these keys"
+            )
+        leaves[name], paths[name] = leaf, path
+    return leaves
 
 
 def replace_leaves(params: Params, new: Mapping[str, Array]) -> Params:

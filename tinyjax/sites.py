@@ -6,6 +6,7 @@ cannot grow is listed too, with the reason.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def discover(traced: Trace) -> Discovery:
     model = Dimensions(graph, axes, wiring, names, uses, obstructed)
     hidden = [dimension for dimension in model.leaves if model.is_hidden(dimension)]
     judged = [judge(model, dimension) for dimension in sorted(hidden, key=model.first_op)]
-    found = _named(model, [*judged, *_single(model)]) + _unseen(model, hidden)
+    found = _named(model, [*judged, *_single(model), *_unseen(model, hidden)])
     return Discovery(Sites(site for site, _ in found), {s.name: p for s, p in found if s.growable}, graph, axes)
 
 
@@ -118,14 +119,14 @@ def _single(model: Dimensions) -> list[tuple[Site, tuple[Path, ...]]]:
 
 def _named(model: Dimensions, judged: Sequence[tuple[Site, tuple[Path, ...]]]) -> list[tuple[Site, tuple[Path, ...]]]:
     """The sites with their names: of several behind one kernel, those that grow come first, then `name[1]`, ..."""
-    taken: dict[str, int] = {}
+    taken: set[str] = set()
     names: dict[int, str] = {}
     for i in sorted(range(len(judged)), key=lambda i: not judged[i][0].growable):
         site, _ = judged[i]
-        leaf = site.producers[0].leaf if site.producers else site.members[0].leaf
-        name = site.name or _short_name(model, leaf)
-        taken[name] = taken.get(name, 0) + 1
-        names[i] = name if taken[name] == 1 else f"{name}[{taken[name] - 1}]"
+        name = site.name or _short_name(model, (*site.producers, *site.members)[0].leaf)
+        candidates = (name if k == 0 else f"{name}[{k}]" for k in itertools.count())
+        names[i] = next(candidate for candidate in candidates if candidate not in taken)  # a leaf may be called `w[1]`
+        taken.add(names[i])
     return [(dataclasses.replace(site, name=names[i]), paths) for i, (site, paths) in enumerate(judged)]
 
 

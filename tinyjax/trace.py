@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from tinyjax.layout import Params, path_name
+from tinyjax.layout import Params, named_leaves
 
 JIT = frozenset({"jit", "pjit", "closed_call", "core_call", "xla_call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
@@ -51,8 +51,8 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
     """Traces `loss_fn(params, batch)` without running it.
 
     Raises:
-        ValueError: the loss is no function, a leaf no array; the batch is empty or ragged or holds a raw key; the loss
-            is not a real scalar; with `has_aux`, the function does not return a pair.
+        ValueError: the loss is no function, a leaf no array, two leaves have one path; the batch is empty or ragged or
+            holds a raw key; the loss is not a real scalar; with `has_aux`, the function does not return a pair.
     """
     if not callable(loss_fn):
         raise ValueError(f"`loss_fn` must be a function of `(params, batch)`, got {loss_fn!r}")
@@ -60,6 +60,7 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
     _require_arrays("batch", batch)
     if not jax.tree.leaves(params):
         raise ValueError("`params` has no leaves: pass the pytree of arrays that the loss reads")
+    names = named_leaves(params)
     num_samples = batch_size(batch)
     jaxpr, out = jax.make_jaxpr(loss_fn, return_shape=True)(params, batch)
     loss = out
@@ -78,7 +79,7 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
         )
     return Trace(
         jaxpr=jaxpr,
-        leaf_names=tuple(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)),
+        leaf_names=tuple(names),
         batched=tuple(has_samples(leaf) for leaf in jax.tree.leaves(batch)),
         num_samples=num_samples,
     )
