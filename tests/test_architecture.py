@@ -8,8 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tinyjax"
 LEVELS = [
     # What knows nothing else of the library.
-    ["layout", "linalg", "atoms", "info", "data", "models", "parity", "plot", "window", "work"],
-    ["site", "trace", "spectra", "correlations"],
+    ["graph", "layout", "linalg", "atoms", "info", "data", "models", "parity", "plot", "window", "work"],
+    ["equal_values", "liveness", "site", "spectra", "correlations"],
+    ["trace"],
     ["rules", "wiring", "slots", "statistics", "schedule", "costs", "shifts"],
     ["axes", "brakes", "constants", "surgery", "pair", "methods"],
     ["uses", "meetings", "separable", "averaging", "optimizer", "patches", "twins", "scaling"],

@@ -66,7 +66,7 @@ def _apply(op: Op, operands: Sequence[Any]) -> Any:
     """An elementwise operation on scalars."""
     if op.name == "convert_element_type":
         return operands[0].astype(op.outs[0].dtype)
-    if is_view(op) or op.name == "broadcast_in_dim":
+    if is_view(op) or op.name in ("broadcast_in_dim", "stop_gradient"):  # a copy moves with what it is a copy of
         return operands[0]
     assert op.eqn is not None
     return op.eqn.primitive.bind(*operands, **op.params)

@@ -180,6 +180,8 @@ def carry(tangent: Tangent, x: Array, recorded: Mapping[Address, Array]) -> Arra
 def _derivative(tangent: Tangent, op: Op, carried: Mapping[Value, Array], recorded: Mapping[Address, Array]) -> Array:
     """The tangent of an operation's result, at an empty slot."""
     assert op.eqn is not None
+    if op.name == "stop_gradient":
+        return carried[op.ins[0]]  # a copy moves with what it is a copy of
     eqn, moving = op.eqn, [i for i, v in enumerate(op.ins) if v in carried]
     values: list[Any] = [jnp.full(v.shape, tangent.scalars.get(v, 0), v.dtype) for v in op.ins]
     if op.path in tangent.taps:

@@ -5,7 +5,6 @@ that an analysis is one loop over `graph.ops`. Every fact about jaxprs that chan
 call-like primitives, where a sub-jaxpr is kept, how `scan` counts its operands) lives in this file.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,19 +15,17 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from tinyjax.equal_values import merged
+from tinyjax.graph import MATMULS as MATMULS
+from tinyjax.graph import OWN, Graph, Op, Scan, Value
+from tinyjax.graph import VIEWS as VIEWS
 from tinyjax.layout import Params, named_leaves
+from tinyjax.liveness import alive
+from tinyjax.liveness import behind_loss as behind_loss
 
 JIT = frozenset({"jit", "pjit", "closed_call", "core_call", "xla_call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-# Jitted functions of `tinyjax.models` that stay one operation each: what they do to a slot is known by their name.
-OWN = frozenset({"tinyjax_centred", "tinyjax_inverse_rms", "tinyjax_unit_dropout", "tinyjax_group_norm"})
-MATMULS = frozenset({"dot_general", "conv_general_dilated"})
-# Operations that only rename or rearrange entries: what they return is the same tensor.
-VIEWS = frozenset(
-    """reshape transpose squeeze convert_element_type copy copy_p sharding_constraint optimization_barrier name
-    scan_in""".split()
-)
 
 
 class Trace(NamedTuple):
@@ -135,79 +132,11 @@ def batch_size(batch: Any) -> int:
     return num_samples
 
 
-@dataclasses.dataclass(eq=False, frozen=True)
-class Value:
-    """A tensor of the graph (compared by identity).
-
-    Attributes:
-        shape: its shape.
-        dtype: its dtype.
-        kind: `"param"`, `"batch"`, `"const"`, or `"op"`.
-        index: which parameter or batch leaf.
-        const: the number, for a scalar literal.
-    """
-
-    shape: tuple[int, ...]
-    dtype: Any
-    kind: str = "op"
-    index: int = -1
-    const: Any = None
-
-
-class Scan(NamedTuple):
-    """A scan: its path, its number of steps, and whether it begins with the last one."""
-
-    path: tuple[int, ...]
-    length: int
-    reverse: bool
-
-
-@dataclasses.dataclass(eq=False, frozen=True)
-class Op:
-    """One operation of the flat graph.
-
-    Attributes:
-        name: the primitive's name, or one of the pseudo-operations `scan_carry` (a value passed around
-            a scan or out of it), `scan_in` and `scan_out` (slices in and out of a scan) and `cond_out` (the results of
-            the branches of a cond).
-        ins: operands.
-        outs: results.
-        eqn: the equation, None for a pseudo-operation.
-        path: indices of the equation and of those around it, outermost first: the operation's identity.
-        scans: the scans around it, outermost first.
-        inside: opaque calls around it (`cond`, `custom_vjp_call`, ...), through which nothing can be probed.
-    """
-
-    name: str
-    ins: tuple[Value, ...]
-    outs: tuple[Value, ...]
-    eqn: JaxprEqn | None
-    path: tuple[int, ...]
-    scans: tuple[Scan, ...] = ()
-    inside: tuple[str, ...] = ()
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Lengths of the scans around it."""
-        return tuple(scan.length for scan in self.scans)
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """Parameters of the equation."""
-        return {} if self.eqn is None else self.eqn.params
-
-
-class Graph(NamedTuple):
-    """The flat graph of a trace: parameters, batch leaves, operations in order, the loss."""
-
-    params: tuple[Value, ...]
-    batch: tuple[Value, ...]
-    ops: tuple[Op, ...]
-    loss: Value
-
-
 def flatten(traced: Trace) -> Graph:
-    """Inlines every call of a traced loss into one list of operations."""
+    """Inlines every call of a traced loss into one list of operations.
+
+    What is computed twice comes once; what neither the loss nor new values of leaves depend on is left out.
+    """
     jaxpr = traced.jaxpr.jaxpr
     num_params = len(traced.leaf_names)
     inputs = [
@@ -216,7 +145,8 @@ def flatten(traced: Trace) -> Graph:
     ]
     ops: list[Op] = []
     outs = _inline(ops, jaxpr, traced.jaxpr.consts, inputs, (), (), ())
-    return Graph(tuple(inputs[:num_params]), tuple(inputs[num_params:]), tuple(ops), outs[0])
+    graph = Graph(tuple(inputs[:num_params]), tuple(inputs[num_params:]), tuple(ops), outs[0])
+    return alive(*merged(graph, outs[1:]))
 
 
 def body(op: Op) -> Graph:
@@ -227,19 +157,6 @@ def body(op: Op) -> Graph:
     ops: list[Op] = []
     outs = _inline(ops, jaxpr, consts, ins, (), (), ())
     return Graph((), tuple(ins), tuple(ops), outs[0])
-
-
-def behind_loss(graph: Graph) -> set[Value]:
-    """The values the loss is computed from (auxiliary outputs are not)."""
-    needed = {graph.loss}
-    # A scan's carry enters before the operation that computes it, so one backward sweep is repeated until it settles.
-    while True:
-        before = len(needed)
-        for op in reversed(graph.ops):
-            if any(v in needed for v in op.outs):
-                needed.update(op.ins)
-        if len(needed) == before:
-            return needed
 
 
 def subjaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]]:
@@ -340,12 +257,39 @@ def _inline(
                 _inline(ops, *open_jaxpr(branch), args[1:], (*at, b), scans, (*inside, "cond"))
                 for b, branch in enumerate(eqn.params["branches"])
             ]
-            outs = [emit("cond_out", results, v, at, scans) for *results, v in zip(*branches, eqn.outvars)]
+            outs = []
+            for k, (*results, v) in enumerate(zip(*branches, eqn.outvars)):
+                # A check that returns its argument, and raises in the other branches, is a view of it.
+                quiet = [r for r, branch in zip(results, eqn.params["branches"]) if not _raises(branch, k)]
+                if len(quiet) == 1 and len(results) > 1:
+                    outs += quiet
+                    continue
+                outs.append(_result(v))
+                ops.append(Op("cond_out", tuple(results), (outs[-1],), None, at, scans, inside, (args[0],)))
         else:
             outs = [_result(v) for v in eqn.outvars]
             ops.append(Op(_plain_name(eqn), tuple(args), tuple(outs), eqn, at, scans, inside))
         env.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _raises(branch: Jaxpr | ClosedJaxpr, result: int) -> bool:
+    """Whether a result of a branch comes from a callback that is told nothing of the operands: it is there to raise."""
+    jaxpr, _ = open_jaxpr(branch)
+    makers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    queue = [jaxpr.outvars[result]]
+    if not isinstance(queue[0], Literal) and queue[0] not in makers:
+        return False
+    called = False
+    while queue:
+        v = queue.pop()
+        if isinstance(v, Literal):
+            continue
+        if v not in makers:
+            return False
+        called |= "callback" in makers[v].primitive.name
+        queue += makers[v].invars
+    return called
 
 
 def _plain_name(eqn: JaxprEqn) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from tinyjax.equal_values import copies
 from tinyjax.trace import VIEWS, Graph, Op, Scan, Value
 
 
@@ -27,6 +28,7 @@ class Wiring:
         self.used_by: dict[Value, list[Op]] = {}
         self.views: dict[Value, View] = {v: View(i, 0) for i, v in enumerate(graph.params)}
         self.steps: dict[Value, frozenset[Scan]] = {}
+        self._copies = copies(graph)
         for op in graph.ops:
             changing = frozenset[Scan]().union(*(self.steps.get(v, frozenset()) for v in op.ins))
             if op.name in ("scan_in", "scan_carry") and op.scans:
@@ -39,9 +41,10 @@ class Wiring:
                 self.views[op.outs[0]] = View(leaf, depth + (op.name == "scan_in"))
 
     def origin(self, value: Value) -> Value:
-        """The tensor that a value is a view of."""
+        """The tensor that a value is a view or a copy of."""
+        value = self._copies.get(value, value)
         while (op := self.made_by.get(value)) is not None and is_view(op) and op.name != "scan_in":
-            value = op.ins[0]
+            value = self._copies.get(op.ins[0], op.ins[0])
         return value
 
     def scalar(self, value: Value) -> Any:

@@ -1,0 +1,79 @@
+"""Equal values are one value: a hidden layer that is computed twice, or copied, on its way to several readers."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from zoo import data, draw
+
+import tinyjax
+from tests.site_laws import assert_laws
+
+PARAMS = draw(1, w=(5, 6), b=(6,), u=(6, 3), v=(6, 2))
+BATCH = data(8, 5)
+
+
+def two_heads(first, second):
+    """Two heads that read a layer, each through a function of its pre-activation of its own."""
+
+    def loss_fn(p, b):
+        z = b["x"] @ p["w"] + p["b"]
+        out, other = first(z) @ p["u"], second(z) @ p["v"]
+        return jnp.mean((out - b["t"]) ** 2) + jnp.mean((other - b["t"][:, :2]) ** 3)
+
+    return loss_fn
+
+
+COPIES = {
+    "computed_twice": jnp.tanh,
+    "where_twice": lambda z: jnp.where(z > 0, jnp.tanh(z), jnp.tanh(z)),
+    "turned_twice": lambda z: jnp.tanh(z).T.T,
+    "whole_slice": lambda z: jax.lax.slice(jnp.tanh(z), (0, 0), z.shape),
+    "through_another_shape": lambda z: jnp.tanh(z).reshape(4, -1).reshape(z.shape),
+    "nothing_added": lambda z: jnp.tanh(z) + 0.0,
+    "times_one": lambda z: 1.0 * jnp.tanh(z) / 1.0,
+    "fenced": lambda z: jax.lax.optimization_barrier((jnp.tanh(z), z))[0],
+    "alone": lambda z: jnp.concatenate([jnp.tanh(z)]),
+    "detached": lambda z: jax.lax.stop_gradient(jnp.tanh(z)),
+    "detached_before": lambda z: jnp.tanh(jax.lax.stop_gradient(z)),
+}
+CURVED = {"where_twice", "through_another_shape"}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_two_readers_of_equal_values(name):
+    first = COPIES["where_twice"] if name == "where_twice" else jnp.tanh
+    site = tinyjax.find_sites(two_heads(first, COPIES[name]), PARAMS, BATCH)["w"]
+    if name == "through_another_shape":
+        assert not site.growable  # the layer's own axis is cut
+        return
+    assert site.growable, site.reason
+    assert [kernel.leaf for kernel in site.consumers] == ["u", "v"]
+
+
+@pytest.mark.parametrize("name", ["computed_twice", "detached", "detached_before"])
+def test_the_laws_hold_for_two_readers_of_equal_values(name):
+    assert_laws(two_heads(jnp.tanh, COPIES[name]), PARAMS, BATCH, readers=("u", "v"))
+
+
+@pytest.mark.parametrize(
+    "other", [jnp.sin, lambda z: 2 * jnp.tanh(z), lambda z: jnp.tanh(z) + 1e-3 * jnp.tanh(z)[::-1]]
+)
+def test_values_that_differ_stay_apart(other):
+    site = tinyjax.find_sites(two_heads(jnp.tanh, other), PARAMS, BATCH)["w"]
+    assert not site.growable
+
+
+def test_equal_arrays_of_two_layers_tie_nothing():
+    """Zeros, a level of the batch and a mask from one key, in the shapes of two layers of one width."""
+
+    def loss_fn(p, b):
+        def layer(x, kernel):
+            z = x @ kernel
+            z = jnp.where(z > 0, z, jnp.zeros((8, 6))) + 0 * jnp.full((8, 6), b["level"])
+            return z * jax.random.bernoulli(b["key"], 0.5, (8, 6))
+
+        return jnp.mean((layer(layer(b["x"], p["w"]), p["m"]) @ p["u"] - b["t"]) ** 2)
+
+    batch = BATCH | {"level": 0.5, "key": jax.random.key(0)}
+    sites = tinyjax.find_sites(loss_fn, draw(1, w=(5, 6), m=(6, 6), u=(6, 3)), batch)
+    assert [[member.leaf for member in site.members] for site in sites] == [["m", "w"], ["m", "u"]]
