@@ -19,7 +19,7 @@ def test_names_and_samples():
     assert traced.leaf_names == ("b", "c", "u", "w")
     assert dict(zip(sorted(model.batch), traced.batched)) == {"key": False, "level": False, "t": True, "x": True}
     assert traced.num_samples == batch_size(model.batch) == 6
-    assert not has_samples(jax.random.key(0)) and not has_samples(1.0) and has_samples(jnp.ones(3))
+    assert not has_samples(jax.random.key(0), 6) and not has_samples(1.0, 6) and has_samples(jnp.ones(6), 6)
 
 
 @pytest.mark.parametrize("name", ["nested_jit", "remat", "vmapped", "scan_over_layers", "nested_scans", "linen_scan"])

@@ -77,8 +77,8 @@ def estimate(
     Args:
         loss_fn: `loss_fn(params, batch) -> loss`, the mean over the samples of the batch.
         params: the parameters.
-        batch: every leaf has the samples as leading axis, except typed keys and 0-d leaves; or an iterator of such
-            batches, whose sums are merged.
+        batch: every leaf has the samples as leading axis, except 0-d leaves and typed PRNG keys that are not as many
+            as the samples; or an iterator of such batches, whose sums are merged.
         sites: growable sites of this model, from `find_sites`.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
         energy_matrix: also sum v v' (as wide as the consumer; `fisher_tiny` needs it).

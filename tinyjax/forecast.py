@@ -20,7 +20,7 @@ from tinyjax.site import Sites, resized
 from tinyjax.slots import per_site
 from tinyjax.surgery import Trainable, everything
 from tinyjax.surgery.capacity import Policy
-from tinyjax.trace import has_samples
+from tinyjax.trace import batch_size, has_samples
 from tinyjax.training import train_step
 from tinyjax.work import Work, seconds, total, work
 
@@ -246,7 +246,8 @@ def _at(params: Params, sites: Sites, capacities: Mapping[str, int]) -> Params:
 
 def _resampled(batch: Any, size: int) -> Any:
     """The shapes of a batch with another number of samples."""
+    num_samples = batch_size(batch)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) if has_samples(x) else x,
+        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) if has_samples(x, num_samples) else x,
         jax.eval_shape(lambda tree: tree, batch),
     )

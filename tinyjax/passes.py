@@ -154,7 +154,7 @@ def _scan(
     chunks = num_samples // size
     stacked = map_samples(lambda x: x[: chunks * size].reshape(chunks, size, *x.shape[1:]), batch)
     leaves, structure = jax.tree.flatten(stacked)
-    sliced = [has_samples(leaf) for leaf in jax.tree.leaves(batch)]
+    sliced = [has_samples(leaf, num_samples) for leaf in jax.tree.leaves(batch)]
 
     def body(total: Estimate, xs: tuple[Array, list[Array]]) -> tuple[Estimate, None]:
         start, moving = xs[0], iter(xs[1])

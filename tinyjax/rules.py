@@ -91,8 +91,18 @@ def _many_elementwise(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> 
 
 
 def _random(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
-    _mark_all(outs, "random numbers are drawn along it (dropout?): a wider layer would draw others")
-    return outs
+    shared = num_keyed(op)
+    why = "random numbers are drawn along it (dropout?): a wider layer would draw others"
+    _mark_all([out[shared:] for out in outs], why)
+    return [[*ins[0][:shared], *out[shared:]] for out in outs]
+
+
+def num_keyed(op: Op) -> int:
+    """How many leading axes of what is drawn are those of typed keys (or of what they are made from)."""
+    if not op.name.startswith("random_"):
+        return 0
+    keys, *_ = op.outs if op.name in ("random_seed", "random_wrap") else op.ins
+    return len(keys.shape)
 
 
 def _iota(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:

@@ -112,7 +112,8 @@ def _sums(op: Op, axes: Axes) -> bool:
 def _couples(op: Op, axes: Axes, summed: set[Value], dependent: set[Value]) -> str:
     if any(_samples_in(v, axes) > 1 for v in (*op.ins, *op.outs)):
         return f"`{op.name}` pairs the samples with each other"
-    if op.name in RANDOM and any(_samples_in(v, axes) for v in op.outs):
+    keyed = any(_samples_in(v, axes) for v in op.ins[:1])  # a key for every sample
+    if op.name in RANDOM and not keyed and any(_samples_in(v, axes) for v in op.outs):
         return f"`{op.name}` draws random numbers for the whole batch"
     known = op.name in _LINEAR or op.name in _BILINEAR or op.name == "div"
     if _sums(op, axes) and not (op.name == "reduce_sum" or op.name in _BILINEAR):

@@ -34,7 +34,8 @@ def find_sites(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_a
     Args:
         loss_fn: `loss_fn(params, batch) -> loss`, the mean over the samples of the batch.
         params: any pytree of arrays the hidden dimensions run through.
-        batch: any pytree; every leaf has the samples as leading axis, except typed PRNG keys and 0-d leaves.
+        batch: any pytree; every leaf has the samples as leading axis, except 0-d leaves and typed PRNG keys that are
+            not as many as the samples.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Returns:

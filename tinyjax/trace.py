@@ -77,7 +77,7 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
     return Trace(
         jaxpr=jaxpr,
         leaf_names=tuple(names),
-        batched=tuple(has_samples(leaf) for leaf in jax.tree.leaves(batch)),
+        batched=tuple(has_samples(leaf, num_samples) for leaf in jax.tree.leaves(batch)),
         num_samples=num_samples,
     )
 
@@ -93,18 +93,37 @@ def _require_arrays(what: str, tree: Any) -> None:
             )
 
 
-def has_samples(leaf: Any) -> bool:
-    """Whether the leading axis of a batch leaf counts samples: true but for typed PRNG keys and 0-d leaves."""
-    return np.ndim(leaf) > 0 and not jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
+def has_samples(leaf: Any, num_samples: int) -> bool:
+    """Whether the leading axis of a leaf of a batch counts its samples.
+
+    It does in every array; typed PRNG keys have one for each sample or are passed whole, like 0-d leaves.
+    """
+    return np.ndim(leaf) > 0 and (not _is_key(leaf) or np.shape(leaf)[0] == num_samples)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
 
 
 def map_samples(function: Callable[[Any], Any], batch: Any) -> Any:
-    """The batch with a function applied to every leaf that has samples; keys and 0-d leaves are kept."""
-    return jax.tree.map(lambda leaf: function(jnp.asarray(leaf)) if has_samples(leaf) else leaf, batch)
+    """The batch with a function applied to every leaf that has samples; the others are kept."""
+    num_samples = batch_size(batch)
+    return jax.tree.map(lambda leaf: function(jnp.asarray(leaf)) if has_samples(leaf, num_samples) else leaf, batch)
 
 
 def take_samples(batch: Any, start: int, stop: int) -> Any:
-    """The samples `start` to `stop` of a batch; keys and 0-d leaves are kept whole."""
+    """The samples `start` to `stop` of a batch; leaves without samples are kept whole.
+
+    Raises:
+        ValueError: there are as many keys that are kept whole as samples are taken, so that each would get one.
+    """
+    num_samples = batch_size(batch)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if _is_key(leaf) and not has_samples(leaf, num_samples) and has_samples(leaf, stop - start):
+            raise ValueError(
+                f"`batch`{jax.tree_util.keystr(path)} holds {stop - start} PRNG keys for {num_samples} samples, of "
+                f"which {stop - start} are looked at alone: pass one key a sample, or one and split it in the loss"
+            )
     return map_samples(lambda x: x[start:stop], batch)
 
 
@@ -114,13 +133,14 @@ def batch_size(batch: Any) -> int:
     Raises:
         ValueError: no leaf has a leading axis, the leading axes differ, the batch is empty, or a leaf is a raw key.
     """
-    sizes = {}
+    sizes, keys = {}, {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         where = f"`batch`{jax.tree_util.keystr(path)}"
         if np.shape(leaf) == (2,) and getattr(leaf, "dtype", None) == np.uint32:
             raise ValueError(f"{where} looks like a raw uint32 PRNG key; pass a typed key, `jax.random.key(seed)`")
-        if has_samples(leaf):
-            sizes[where] = np.shape(leaf)[0]
+        if np.ndim(leaf) > 0:
+            (keys if _is_key(leaf) else sizes)[where] = np.shape(leaf)[0]
+    sizes = sizes or keys
     if not sizes:
         raise ValueError("`batch` has no array with a leading sample axis")
     if len(set(sizes.values())) > 1:

@@ -27,7 +27,7 @@ from tinyjax.slots import per_site, require_names, width
 from tinyjax.surgery import Trainable, everything, multiple_of, resize
 from tinyjax.surgery.capacity import Policy
 from tinyjax.surgery.trained import trained_names
-from tinyjax.trace import batch_size, has_samples, take_samples
+from tinyjax.trace import batch_size, has_samples, map_samples, take_samples
 
 LossFn = Callable[..., Any]
 WithAux = Callable[[Params, Any], Params]
@@ -120,7 +120,7 @@ def train_epoch(
     def epoch(params: Params, opt_state: Any, data: Any, order: Array) -> tuple[Params, Any, Array]:
         def body(state: tuple[Params, Any], rows: Array) -> tuple[tuple[Params, Any], Array]:
             # `clip` leaves out the masks of plain indexing, which cost a sixth of a small network's step
-            batch = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="clip") if has_samples(leaf) else leaf, data)
+            batch = map_samples(lambda leaf: leaf.at[rows].get(mode="clip"), data)
             params, opt_state, loss, aux = one_step(*state, batch)
             return (params if with_aux is None else with_aux(params, aux), opt_state), loss
 
@@ -449,7 +449,7 @@ class _Stream:
             return self._ahead[0]
         sizes = list(itertools.accumulate(map(batch_size, self._ahead)))
         count = next((i + 1 for i, size in enumerate(sizes) if size >= num_samples), len(sizes))
-        return take_samples(jax.tree.map(_join, *self._ahead[:count]), 0, num_samples)
+        return take_samples(_joined(self._ahead[:count]), 0, num_samples)
 
     def _read(self) -> bool:
         batch = next(self._batches, _END)
@@ -459,8 +459,14 @@ class _Stream:
         return True
 
 
-def _join(*leaves: Any) -> Any:
-    return jnp.concatenate([jnp.asarray(leaf) for leaf in leaves]) if has_samples(leaves[0]) else leaves[0]
+def _joined(batches: Sequence[Any]) -> Any:
+    """Batches as one; of leaves without samples the first."""
+    num_samples = batch_size(batches[0])
+
+    def join(*leaves: Any) -> Any:
+        return jnp.concatenate([jnp.asarray(x) for x in leaves]) if has_samples(leaves[0], num_samples) else leaves[0]
+
+    return jax.tree.map(join, *batches)
 
 
 def _widths(params: Params, sites: Sites) -> dict[str, int]:
