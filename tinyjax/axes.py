@@ -7,7 +7,16 @@ pulls at empty slots ties the axes it sums over.
 from collections.abc import Sequence
 
 from tinyjax.atoms import Atom, Axis, mark, root, roots, unify
-from tinyjax.rules import BETWEEN_ACTIVATIONS, INPUT, REDUCTIONS, RULES, contraction, reduce_parameters, unknown
+from tinyjax.rules import (
+    BETWEEN_ACTIVATIONS,
+    INPUT,
+    REDUCTIONS,
+    RULES,
+    SAMPLES,
+    contraction,
+    reduce_parameters,
+    unknown,
+)
 from tinyjax.trace import OWN, VIEWS, Graph, Op, Value, behind_loss, body
 
 
@@ -16,10 +25,15 @@ class Axes:
 
     Attributes:
         samples: the atom that counts the samples of the batch.
+        steps: for every scan over samples, by its path, what its steps count.
+        stepped: the values inside scans that take all samples one by one: one for each sample.
     """
 
     def __init__(self, graph: Graph, batched: Sequence[bool], num_samples: int):
-        self.samples = Atom(num_samples, "it counts the samples of the batch")
+        self.samples = Atom(num_samples, SAMPLES)
+        self.steps: dict[tuple[int, ...], Axis] = {}
+        self.stepped: set[Value] = set()
+        self._of_batch = set(graph.batch)
         self._of: dict[Value, list[Axis]] = {}
         self._parameter_only = set(graph.params)
         self._filled: set[Value] = set()  # with one number: two states that begin with it are not one
@@ -42,6 +56,10 @@ class Axes:
         """Whether a tensor is computed from parameters and constants alone."""
         return value.kind == "const" or value in self._parameter_only
 
+    def depends_on_batch(self, value: Value) -> bool:
+        """Whether a tensor is computed from the batch; of what a scan carries it is taken for granted."""
+        return value in self._of_batch
+
     def _apply(self, op: Op) -> None:
         ins = [_fresh(v) if op.name == "scan_carry" and v in self._filled else self[v] for v in op.ins]
         outs = [_fresh(v) for v in op.outs]
@@ -49,6 +67,9 @@ class Axes:
         if op.name in REDUCTIONS and all(self.parameter_only(v) for v in op.ins):
             rule = reduce_parameters  # an L2 penalty ties nothing
         self._of.update(zip(op.outs, rule(op, ins, outs)))
+        self._step(op)
+        if op.name == "scan_carry" or any(v in self._of_batch for v in op.ins):
+            self._of_batch.update(op.outs)
         if op.name == "broadcast_in_dim" and op.ins[0].const is not None:
             self._filled.update(op.outs)
         if op.name == "dot_general" and not any(self.parameter_only(v) for v in op.ins):
@@ -60,6 +81,21 @@ class Axes:
         if op.ins and op.name != "scan_carry" and all(self.parameter_only(v) for v in op.ins):
             self._parameter_only.update(op.outs)
             self._pull(op, ins)
+
+    def _step(self, op: Op) -> None:
+        """Notes a scan over samples, and that what it returns for every step is one for every sample."""
+        if op.name == "scan_in":
+            steps = roots(self[op.ins[0]][0])
+            if steps and all(SAMPLES in atom.marks for atom in steps):
+                self.steps.setdefault(op.path, tuple(steps))
+        elif op.name == "scan_out" and op.path in self.steps:
+            self._of[op.outs[0]][0] = self.steps[op.path]
+        if any(self.steps.get(scan.path) == (root(self.samples),) for scan in op.scans):
+            self.stepped.update(op.outs)
+
+    def sample_atoms(self) -> list[Atom]:
+        """The atoms that count the samples: several where the batch was reshaped into micro-batches."""
+        return roots((self.samples,))
 
     def _pull(self, op: Op, ins: list[list[Axis]]) -> None:
         """Marks the axes summed by a penalty with a gradient in an empty slot (L1, a distance to a point)."""

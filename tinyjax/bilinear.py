@@ -17,7 +17,7 @@ from tinyjax.dimensions import Dimensions
 from tinyjax.flow import Flow
 from tinyjax.geometry import Unaligned
 from tinyjax.layout import Layout
-from tinyjax.rules import contraction
+from tinyjax.rules import contraction, has_views
 from tinyjax.scorelayout import HEAD, QUERY_HEAD, SAMPLE, TOKEN, Attention, ScoreLayouts
 from tinyjax.tangent import Tangent, slot_path
 from tinyjax.trace import VIEWS, Op
@@ -107,10 +107,15 @@ def find_pair(
     if not set(shared) <= set(heads[order[0]]) or len(shared) > 1 or len(own) > 1 or (own and query.bias is not None):
         raise Unaligned(f"`{query.leaf}` and `{key.leaf}` come in heads that cannot be paired")
     samples = root(model.axes.samples)
-    if query.op.scans != op.scans or key.op.scans != op.scans or bool(query.kernel.stack) != bool(op.scans):
+    if query.op.scans != op.scans or key.op.scans != op.scans:
         raise Unaligned("its scores are made in another scan than its queries and keys")
+    if query.op.scans and not query.kernel.stack:
+        raise Unaligned("its scores are made in a scan that is not over layers")
     if len(query.kernel.stack) != len(key.kernel.stack):
         raise Unaligned("its queries and keys come from layers of different stacks")
+
+    if any(has_views(axis) for value in op.ins for axis in model.axes[value]):
+        raise Unaligned("its scores are those of several batches side by side (two views?)")
 
     def kind(atom: Atom | None, side: int) -> int:
         if atom is None or root(atom) is samples:

@@ -213,7 +213,7 @@ def _consumer_pixels(axes: Axes, use: Use, pixels: _Pixels, samples: Atom, slots
 def _check_batch(axes: Axes, use: Use, samples: Atom) -> None:
     batch = use.op.params["dimension_numbers"].lhs_spec[0]
     if roots(axes[use.op.ins[0]][batch]) != [samples]:
-        raise Unaligned(f"the convolution `{use.leaf}` does not have the samples as its batch")
+        raise Unaligned(f"the convolution `{use.leaf}` has not the samples, each once, as its batch")
 
 
 def _with_rows(use: Use, order: Sequence[Atom]) -> Use:

@@ -14,7 +14,7 @@ from tinyjax.geometry import Unaligned, is_rowwise, lay_out
 from tinyjax.norms import find_norm, roles
 from tinyjax.path import Path, Verdict, readers
 from tinyjax.rowweights import lay_out_weight
-from tinyjax.rules import BETWEEN_ACTIVATIONS, SHARED_HEADS
+from tinyjax.rules import BETWEEN_ACTIVATIONS, INPUT, SAMPLES, SHARED_HEADS
 from tinyjax.tangent import find_tangent
 from tinyjax.trace import Value
 from tinyjax.uses import Use, aligned
@@ -53,9 +53,14 @@ def find_layer(model: Dimensions, dimension: Atom, producers: Sequence[Use], con
         pairs = _with_gates(model, dimension, producers)
     except Ungated as ungated:
         return Verdict(str(ungated))
+    flows = []
     for producer, gate in pairs:
         gates = frozenset() if gate is None else frozenset({gate.value})
-        flow = Flow(model.graph, model.axes, model.wiring, producer, dimension, gates)
+        flows.append(Flow(model.graph, model.axes, model.wiring, producer, dimension, gates))
+    reason = _joint_reason(model, producers, consumers, flows)
+    if reason:
+        return Verdict(reason)
+    for (producer, gate), flow in zip(pairs, flows):
         mine = tuple(c for c in consumers if c.input_value in flow.mixing)
         if sorted(c.leaf for c in mine) != sorted({c.leaf for c in consumers}):
             return Verdict("its consumers do not each read the output of one producer operation once")
@@ -128,7 +133,7 @@ def _path(
         for use in consumers:
             if len([f for f in use.inputs.cols if use.input_atoms[f] is not None]) > 1:
                 raise Unaligned(f"`{use.leaf}` reads every neuron more than once (a repeat?)")
-        order = [model.axes.samples, *(a for a in producer.rows if a is not None)]
+        order = [*model.axes.sample_atoms(), *(a for a in producer.rows if a is not None)]
         producer = aligned(producer, order)
         laid = tuple(lay_out_weight(model.axes, weight, producer) for weight in weights)
         readers = tuple(aligned(c, order) for c in consumers)
@@ -158,7 +163,7 @@ def _mixed_path(model: Dimensions, producer: Use, consumers: tuple[Use, ...], fl
     """A path along which rows are mixed, in the rows of the consumers."""
     if producer.window is not None or any(c.window is not None for c in consumers):
         raise Unaligned(flow.mixing[consumers[0].input_value] or f"`{producer.leaf}` produces it in groups")
-    order = [model.axes.samples, *(a for a in consumers[0].rows if a is not None)]
+    order = [*model.axes.sample_atoms(), *(a for a in consumers[0].rows if a is not None)]
     if any({root(a) for a in c.rows if a is not None} != {root(a) for a in order} for c in consumers):
         raise Unaligned("its consumers read it in different rows")
     read = tuple(aligned(c, order) for c in consumers)
@@ -181,6 +186,29 @@ def _meeting_reason(model: Dimensions, flow: Flow, kernels: Sequence[Use]) -> st
     return ""
 
 
+def _joint_reason(model: Dimensions, producers: Sequence[Use], consumers: Sequence[Use], flows: Sequence[Flow]) -> str:
+    """Why no neuron can be computed for a consumer that several products reach: its rows would have to be joined."""
+    for consumer in consumers:
+        reaching = [flow.mixing for flow in flows if consumer.input_value in flow.mixing]
+        if len(reaching) < 2:
+            continue
+        first, second = reaching[:2]
+        meet = (
+            op for op in model.graph.ops if {v in first for v in op.ins if v in first or v in second} == {True, False}
+        )
+        name = next((op.name for op in meet if any(v in first for v in op.outs)), "add")
+        return f"`{consumer.leaf}` reads two products of `{producers[0].leaf}` at once, which meet in `{name}`"
+    return ""
+
+
+def _other_rows(model: Dimensions, consumer: Use) -> str:
+    """Why the rows of a consumer are not those of the samples."""
+    if not model.axes.depends_on_batch(consumer.input_value):
+        return f"the input of `{consumer.leaf}` does not depend on the samples"
+    marks = [why for a in consumer.rows if a is not None for why in root(a).marks if why not in (INPUT, SAMPLES)]
+    return f"`{consumer.leaf}` reads rows that are not all the samples" + (f": of them, {marks[0]}" if marks else "")
+
+
 def _row_reason(model: Dimensions, producer: Use, consumers: Sequence[Use], flow: Flow) -> str:
     """Why the consumers do not read what the producer wrote, slot by slot, with empty slots at zero."""
     if len({model.wiring.origin(c.input_value) for c in consumers}) > 1:
@@ -193,8 +221,8 @@ def _row_reason(model: Dimensions, producer: Use, consumers: Sequence[Use], flow
         mixed = flow.mixing[consumer.input_value]
         if len(set(rows)) != len(rows):
             return mixed or f"`{consumer.leaf}` reads rows that cannot be told apart"
-        if root(model.axes.samples) not in rows:
-            return mixed or f"the input of `{consumer.leaf}` does not depend on the samples"
+        if not {*model.axes.sample_atoms()} <= {*rows}:
+            return mixed or _other_rows(model, consumer)
         culprit = flow.culprit.get(consumer.input_value)
         if culprit is not None and mixed:
             return mixed

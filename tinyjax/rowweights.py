@@ -56,7 +56,7 @@ def lay_out_weight(axes: Axes, weight: Weight, producer: Use) -> RowWeight:
     if op.inside or op.scans != producer.op.scans:
         raise Unaligned(f"its rows are weighted one by one in `{op.name}`, where the weights cannot be seen")
     stacked = bool(producer.kernel.stack)
-    layout, atoms = array_layout("row weights", op, stacked, tensor, tuple(range(len(tensor))), ())
+    layout, atoms = array_layout("row weights", op, stacked, tensor, tuple(range(len(tensor))), (), axes.steps)
     found = {_key(atoms[f], f): f for f in layout.rows if layout.factors[f] > 1}
     order, shape, rows = [], [], []
     for f, atom in zip(producer.inputs.rows, producer.rows):

@@ -4,12 +4,13 @@ Elementwise operations unify axes, views pass them on, contractions unify the tw
 length (a reduction, an iota, a sort, an unknown primitive) leaves a mark that says so.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jax import lax
 
-from tinyjax.atoms import Axis, mark, regroup, unify
+from tinyjax.atoms import Atom, Axis, mark, regroup, roots, unify
 from tinyjax.trace import Op
 
 ELEMENTWISE = frozenset(
@@ -34,6 +35,8 @@ ALONG = frozenset(
 
 
 INPUT = "it is an input of the model"
+JOINED = "it is a concatenation"
+SAMPLES = "it counts the samples of the batch"
 SHARED_HEADS = "it counts queries that share a head of keys: no whole one is added, its dimensions can grow"
 BETWEEN_ACTIVATIONS = "it pairs two activations (attention scores?)"
 
@@ -175,6 +178,45 @@ def _convolution(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[
     return outs
 
 
+def sample_blocks(axis: Axis) -> tuple[int, Axis] | None:
+    """An axis as blocks that each count the same samples: how many blocks, and a block; None for any other axis."""
+    found = roots(axis)
+    first = next((i for i, atom in enumerate(found) if SAMPLES in atom.marks), None)
+    return None if first is None else (_size(found[:first]), tuple(found[first:]))
+
+
+def has_views(axis: Axis) -> bool:
+    """Whether an axis is a concatenation of the samples with themselves or others like them (two views)."""
+    blocks = sample_blocks(axis)
+    return blocks is not None and any(JOINED in atom.marks for atom in roots(axis)[: -len(blocks[1])])
+
+
+def _size(axis: Axis | list[Atom]) -> int:
+    return math.prod(atom.size for atom in axis)
+
+
+def _side_by_side(count: int, block: Axis, why: str) -> Axis:
+    """An axis of so many blocks, one after the other."""
+    return block if count == 1 else (Atom(count, why), *block)
+
+
+def _cut(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
+    """The rule of `split` and `slice`: whole blocks of samples that were put side by side are samples again."""
+    cut = [d for d, size in enumerate(op.ins[0].shape) if any(out.shape[d] != size for out in op.outs)]
+    blocks = sample_blocks(ins[0][cut[0]]) if len(cut) == 1 else None
+    if blocks is None:
+        return _along(op, ins, outs)
+    (d,), length = cut, _size(blocks[1])
+    starts = (0,) if op.name == "split" else op.params["start_indices"][d : d + 1]
+    strides = op.params.get("strides")
+    if any(n % length for n in (*starts, *(out.shape[d] for out in op.outs))) or (strides and strides[d] != 1):
+        return _along(op, ins, outs)
+    why = f"it passes through `{op.name}`"
+    mark([atom for atom in roots(ins[0][d]) if atom not in blocks[1]], why)
+    made = [_side_by_side(out.shape[d] // length, blocks[1], why) for out in op.outs]
+    return [[*ins[0][:d], axis, *ins[0][d + 1 :]] for axis in made]
+
+
 def _along(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
     worked = op.params.get("dimensions", op.params.get("dimension", op.params.get("axis", ())))
     worked = {worked} if isinstance(worked, int) else set(worked)
@@ -208,13 +250,21 @@ def _window(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[
 
 def _concatenate(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
     along = op.params["dimension"]
+    blocks = [sample_blocks(tensor[along]) for tensor in ins]
+    same = {None if found is None else found[1] for found in blocks}
     for tensor in ins:
         for d, axis in enumerate(tensor):
-            if d == along:
+            if d != along:
+                unify(axis, outs[0][d])
+            elif len(same) > 1 or None in same:
                 mark(axis, "it is concatenated with another")
             else:
-                unify(axis, outs[0][d])
-    mark(outs[0][along], "it is a concatenation")
+                mark([atom for atom in roots(axis) if SAMPLES not in atom.marks], "it is concatenated with another")
+    block, *_ = same
+    if len(same) > 1 or block is None:
+        mark(outs[0][along], JOINED)
+    else:  # two views, real and generated samples: the samples several times over
+        outs[0][along] = _side_by_side(op.outs[0].shape[along] // _size(block), block, JOINED)
     return outs
 
 
@@ -278,6 +328,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(REDUCTIONS, _reduce),
     **dict.fromkeys(RANDOM, _random),
     **dict.fromkeys(ALONG, _along),
+    **dict.fromkeys(("slice", "split"), _cut),
     **dict.fromkeys(
         ("reduce_window_max", "reduce_window_min", "reduce_window_sum", "reduce_window", "reduce_and_window"), _window
     ),

@@ -66,13 +66,17 @@ class ScoreLayouts:
     def _lay_out(self, name: str, cols: tuple[int, ...], side: int, kind: Kind) -> tuple[Layout, list[int]]:
         value = self._op.ins[side]
         rows = tuple(d for d in range(len(value.shape)) if d not in cols)
-        layout, atoms = array_layout(name, self._op, self._stacked, self._model.axes[value], rows, cols)
+        layout, atoms = array_layout(
+            name, self._op, self._stacked, self._model.axes[value], rows, cols, self._model.axes.steps
+        )
         return _sorted(layout, [kind(atoms[f], side) for f in layout.rows])
 
     def _score_layout(self, value: Value, name: str, key_axes: Sequence[int]) -> tuple[Layout, list[int], list[Atom]]:
         """The layout, the number of entries of each kind, and what the rows count where they count several."""
         every = tuple(range(len(value.shape)))
-        layout, atoms = array_layout(name, self._op, self._stacked, self._model.axes[value], every, ())
+        layout, atoms = array_layout(
+            name, self._op, self._stacked, self._model.axes[value], every, (), self._model.axes.steps
+        )
         depth = len(self._op.scans)
         keys = {depth + d for d in key_axes}
         kinds = [

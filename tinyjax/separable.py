@@ -26,6 +26,8 @@ _BILINEAR = frozenset(("mul", "dot_general", "conv_general_dilated"))
 
 def coupling(graph: Graph, axes: Axes) -> str:
     """What couples the samples of a batch in the loss; "" when the loss is a mean of per-sample terms."""
+    if len(axes.sample_atoms()) > 1:
+        return "it divides them into parts of its own"
     needed = behind_loss(graph)
     summed: set[Value] = set()  # computed from a sum over the samples
     dependent = set(graph.batch)  # computed from the batch
@@ -101,7 +103,8 @@ def _picks(op: Op, axes: Axes, numbers: Numbers) -> str:
 
 
 def _samples_in(value: Value, axes: Axes) -> int:
-    return sum(atom is root(axes.samples) for axis in axes[value] for atom in roots(axis))
+    along = sum(atom is root(axes.samples) for axis in axes[value] for atom in roots(axis))
+    return along + (value in axes.stepped)
 
 
 def _sums(op: Op, axes: Axes) -> bool:
@@ -112,6 +115,8 @@ def _sums(op: Op, axes: Axes) -> bool:
 def _couples(op: Op, axes: Axes, summed: set[Value], dependent: set[Value]) -> str:
     if any(_samples_in(v, axes) > 1 for v in (*op.ins, *op.outs)):
         return f"`{op.name}` pairs the samples with each other"
+    if op.name == "scan_carry" and op.path in axes.steps:
+        return "a scan carries something from sample to sample"
     keyed = any(_samples_in(v, axes) for v in op.ins[:1])  # a key for every sample
     if op.name in RANDOM and not keyed and any(_samples_in(v, axes) for v in op.outs):
         return f"`{op.name}` draws random numbers for the whole batch"

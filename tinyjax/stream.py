@@ -161,7 +161,13 @@ def _lookups(model: Dimensions, dimension: Atom) -> list[Use]:
         features = dict(zip(window, numbers.offset_dims))[1 - entry]
         out_rows = tuple(d for d in range(rank) if d != features)
         inputs, input_atoms = array_layout(
-            "indices", op, False, model.axes[indices], tuple(range(len(indices.shape) - 1)), (len(indices.shape) - 1,)
+            "indices",
+            op,
+            False,
+            model.axes[indices],
+            tuple(range(len(indices.shape) - 1)),
+            (len(indices.shape) - 1,),
+            model.axes.steps,
         )
         found.append(_as_use(model, op, 0, kernel, out_rows, (features,), inputs, input_atoms))
     return found
@@ -184,7 +190,9 @@ def _as_use(
     input_atoms: tuple[Atom | None, ...],
 ) -> Use:
     """An operation by which rows of a table enter."""
-    outputs, atoms = array_layout(f"rows of {kernel.leaf}", op, False, model.axes[op.outs[0]], rows, cols)
+    outputs, atoms = array_layout(
+        f"rows of {kernel.leaf}", op, False, model.axes[op.outs[0]], rows, cols, model.axes.steps
+    )
     of_rows = tuple(atoms[f] for f in outputs.rows)
     return Use(op, operand, kernel, inputs, outputs, of_rows, input_atoms, atoms, None, None, "")
 

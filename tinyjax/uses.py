@@ -6,7 +6,7 @@ product through anything else than views is *obstructed*: no input or V_goal can
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tinyjax.atoms import Atom, Axis, parts, root
@@ -28,8 +28,9 @@ class Use:
         kernel: layout of the leaf, rows contracted and cols kept.
         inputs: the other operand, rows = everything but the contracted axes, cols = contracted, in the kernel's order.
         outputs: the result, rows = those of `inputs` in the same order, cols = the kernel's.
-        rows: for each row factor of `inputs` and `outputs` its atom, None for a scan around the operation.
-        input_atoms: for every factor of `inputs` its atom, None for a scan or an axis of length one.
+        rows: for each row factor of `inputs` and `outputs` its atom, None for a scan around the operation whose steps
+            are no samples.
+        input_atoms: for every factor of `inputs` its atom, None for such a scan or an axis of length one.
         output_atoms: the same for `outputs`.
         window: geometry of a convolution, None for a matrix product.
         bias: layout of the vector that is added to the product, or None.
@@ -128,10 +129,10 @@ def _use(graph: Graph, axes: Axes, wiring: Wiring, names: tuple[str, ...], op: O
         trouble = trouble or f"`{names[leaf]}` is sliced in a way that cannot be followed"
         kernel = kernel or Layout(names[leaf], (), ())
     inputs, input_atoms = array_layout(
-        f"input of {names[leaf]}", op, stacked, axes[op.ins[1 - k]], sides.input_rows, sides.input_cols
+        f"input of {names[leaf]}", op, stacked, axes[op.ins[1 - k]], sides.input_rows, sides.input_cols, axes.steps
     )
     outputs, output_atoms = array_layout(
-        f"output of {names[leaf]}", op, stacked, axes[op.outs[0]], sides.output_rows, sides.output_cols
+        f"output of {names[leaf]}", op, stacked, axes[op.outs[0]], sides.output_rows, sides.output_cols, axes.steps
     )
     rows = tuple(input_atoms[f] for f in inputs.rows)
     bias = _bias(graph, axes, wiring, names, op, k, col_atoms, depth)
@@ -194,15 +195,23 @@ def _convolution_sides(op: Op, k: int) -> _Sides:
 
 
 def array_layout(
-    name: str, op: Op, stacked: bool, tensor: list[Axis], rows: Sequence[int], cols: Sequence[int]
+    name: str,
+    op: Op,
+    stacked: bool,
+    tensor: list[Axis],
+    rows: Sequence[int],
+    cols: Sequence[int],
+    steps: Mapping[tuple[int, ...], Axis],
 ) -> tuple[Layout, tuple[Atom | None, ...]]:
     """A captured array as a matrix, and the atom of each of its factors.
 
     A recorded array carries the scans around the operation in front. They are layers of a stack where the kernel is
-    sliced by them (`stacked`), rows otherwise.
+    sliced by them (`stacked`), rows otherwise; `steps` are those of scans over samples.
     """
     scans = list(range(len(op.stack)))
-    sizes, numbers, atoms = list(op.stack), list(scans), [None] * len(scans)
+    counted = [[] if stacked else parts(steps.get(scan.path, ())) for scan in op.scans]
+    sizes, numbers = list(op.stack), list(scans)
+    atoms: list[Atom | None] = [found[0] if len(found) == 1 else None for found in counted]
     factors_of: dict[int, list[int]] = {}
     for d, axis in enumerate(tensor):
         found: list[Atom | None] = [*parts(axis)] or [None]
