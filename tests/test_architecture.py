@@ -11,7 +11,7 @@ LEVELS = [
     ["graph", "layout", "linalg", "atoms", "info", "data", "models", "parity", "plot", "window", "work"],
     ["equal_values", "liveness", "site", "spectra", "correlations"],
     ["trace"],
-    ["rules", "wiring", "slots", "statistics", "schedule", "costs", "shifts"],
+    ["rules", "wiring", "slots", "statistics", "schedule", "costs", "shifts", "folding"],
     ["axes", "brakes", "constants", "surgery", "pair", "methods"],
     ["uses", "meetings", "separable", "averaging", "optimizer", "patches", "twins", "scaling"],
     ["capture", "flow", "geometry", "activation", "rowsums"],

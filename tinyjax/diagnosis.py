@@ -4,7 +4,7 @@ For each site the table says how much of what the loss asks for (mean |V_goal|^2
 give, and how much of that new neurons would give on samples they were not computed from.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,9 +24,11 @@ from tinyjax.methods import (
     tiny,
 )
 from tinyjax.moves import bounded_squares
-from tinyjax.site import Site, Sites
+from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import find_sites
+from tinyjax.slots import require_growable
 from tinyjax.statistics import Statistics
+from tinyjax.surgery import Trainable, everything, frozen_leaves, mark_frozen, require_unfrozen
 
 
 class Finding(NamedTuple):
@@ -86,7 +88,15 @@ class Diagnosis(NamedTuple):
 
 
 def diagnose(
-    loss_fn: Callable[..., Any], params: Params, batch: Any, *, num_neurons: int = 8, has_aux: bool = False
+    loss_fn: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    *,
+    sites: Sites | Sequence[Site] | Site | None = None,
+    num_neurons: int = 8,
+    optimizer: Any = None,
+    trainable: Trainable = everything,
+    has_aux: bool = False,
 ) -> Diagnosis:
     """The expressivity bottleneck of every hidden layer.
 
@@ -94,14 +104,19 @@ def diagnose(
         loss_fn: `loss_fn(params, batch) -> loss`, the mean over the samples of the batch.
         params: the parameters.
         batch: the more samples the better; a few times the largest layer input is plenty.
+        sites: what to look at; default: every site, those that cannot grow with their reasons.
         num_neurons: how many new neurons the held-out gain is for; of whole heads at most as many as there are slots.
+        optimizer: the Optax optimizer of the run: sites whose neurons are read by a leaf that it never moves (frozen by
+            `set_to_zero`, masks, labels) cannot grow.
+        trainable: the part of the parameters that the optimizer sees; the rest is frozen too.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Returns:
         A `Diagnosis`; `print` it.
 
     Raises:
-        ValueError: as `find_sites`.
+        ValueError: as `find_sites`; for a loss that sums over the samples; of the sites in `sites`, for one that cannot
+            grow.
 
     Example:
         >>> diagnosis = tinyjax.diagnose(loss_fn, params, batch)
@@ -112,7 +127,14 @@ def diagnose(
 
     Reference: Verbockhaven et al., TMLR 2024, definition 3.1, propositions 3.1 and 3.2.
     """
-    sites = find_sites(loss_fn, params, batch, has_aux=has_aux)
+    frozen = frozen_leaves(params, optimizer, trainable)
+    if sites is None:
+        sites = mark_frozen(find_sites(loss_fn, params, batch, has_aux=has_aux), frozen)
+    else:
+        sites = as_sites(sites)
+        require_unfrozen(sites, frozen)
+        for site in sites:
+            require_growable(site)
     growable = sites.growable
     refused = Sites(site for site in sites if not site.growable)
     if not growable:

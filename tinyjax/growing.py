@@ -6,6 +6,7 @@ whole batch does not rise. Everything is selected by `where`, so that one progra
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from tinyjax.scaling import LineSearch, searches
 from tinyjax.site import Kernel, Site
 from tinyjax.slots import free_slots, width
 from tinyjax.statistics import Statistics, moments
-from tinyjax.surgery import add_update, write
+from tinyjax.surgery import Frozen, add_update, write
 
 Amplitude = Callable[..., LineSearch]
 
@@ -43,6 +44,7 @@ class Recipe(NamedTuple):
     update_amplitude: Amplitude
     fill: Method | None
     orient: Callable[..., Neurons] | None
+    frozen: Frozen = MappingProxyType({})
 
     def loss(self, params: Params, batch: Any) -> Array:
         """The loss without aux."""
@@ -70,6 +72,8 @@ def grow_site(
     neurons, delta, report, slopes = over_layers(partial(fit, recipe.method, recipe.update, num_neurons, squares))(
         statistics, layer_keys
     )
+    if all(kernel.leaf in recipe.frozen for kernel in site.producers):
+        neurons = _heard(neurons)
     unit = polyak(loss_before, slopes.update)
     params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before, unit)
 
@@ -135,6 +139,12 @@ def grow_site(
         status=status,
     )
     return params, row
+
+
+def _heard(neurons: Neurons) -> Neurons:
+    """The neurons without those that read nothing: in a frozen fan-in they never would."""
+    reads = jnp.any(neurons.alpha.reshape(-1, neurons.alpha.shape[-1]) != 0, axis=0)
+    return neurons._replace(omega=jnp.where(reads[:, None], neurons.omega, 0))
 
 
 def _along(

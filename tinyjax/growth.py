@@ -42,8 +42,8 @@ from tinyjax.scaling import fixed, line_search, searches, trusted_search
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import discover
 from tinyjax.slots import require_growable
-from tinyjax.statistics import Statistics
-from tinyjax.surgery import Trainable, everything
+from tinyjax.statistics import Statistics, without_rows
+from tinyjax.surgery import Frozen, Trainable, everything, frozen_leaves, frozen_rows, require_unfrozen
 from tinyjax.trace import batch_size, trace
 
 Orient = Callable[..., Neurons]
@@ -89,7 +89,8 @@ def make_grow_step(
         orient: which of a neuron and its twin to add, `better_twins` by their slopes in the real network (ReLU tells
             them apart); None takes them as the method gives them.
         optimizer: an Optax optimizer whose state travels along; newborn slots start afresh (wrap it in `with_birth`).
-        trainable: the part of the parameters that the optimizer sees.
+            What it never moves (`set_to_zero`, masks, labels) no growth changes.
+        trainable: the part of the parameters that the optimizer sees; no growth changes the rest.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
         refresh: estimate again before each site instead of once a round.
         estimate_micro_batch: statistics of so many samples at a time, see `micro_batch` of `estimate`: for more samples
@@ -108,7 +109,8 @@ def make_grow_step(
 
     Raises:
         ValueError: a site that cannot grow, `num_neurons` below 1 or beyond the capacity, a line search with a method
-            that keeps the function, a `fill` that does not; when called, a loss that sums over the samples.
+            that keeps the function, a `fill` that does not; when called, a loss that sums over the samples, or a site
+            whose neurons are read by a frozen kernel.
 
     Example:
         >>> grow_step = tinyjax.make_grow_step(loss_fn, site, num_neurons=8)
@@ -131,8 +133,10 @@ def make_grow_step(
     options: dict[str, Any] = wanted_sums | {"null_draws": draws, "project": project}
 
     def statistics_of(
-        params: Params, batch: Any, inputs: Mapping[str, Inputs], asked: Mapping[str, Array]
+        params: Params, batch: Any, inputs: Mapping[str, Inputs], asked: Mapping[str, Array], frozen: Frozen
     ) -> dict[str, Statistics]:
+        rows = {site.name: frozen_rows(site, frozen) for site in sites}
+        chosen: dict[str, Any] = options | {"project": None} if any(rows.values()) else options
         found = estimate_batch(
             loss_fn,
             params,
@@ -142,9 +146,12 @@ def make_grow_step(
             micro_batch=estimate_micro_batch,
             num_gates=counts,
             asked=asked,
-            **options,
+            **chosen,
         )
-        return {name: _with_inputs(name, s, inputs.get(name)) for name, s in found.statistics.items()}
+        return {
+            name: without_rows(_with_inputs(name, s, inputs.get(name)), rows[name])
+            for name, s in found.statistics.items()
+        }
 
     def squares_of(params: Params, batch: Any) -> dict[str, Squares]:
         return bounded_squares(loss_fn, params, batch, sites, has_aux=has_aux)
@@ -166,19 +173,22 @@ def make_grow_step(
         neurons: Mapping[str, Array],
         inputs: Mapping[str, Inputs],
     ) -> tuple[Any, ...]:
+        frozen = frozen_leaves(params, optimizer, trainable)
+        require_unfrozen(sites, frozen)
         parts = _parts(loss_fn, params, batch, sites, has_aux)
         asked = {name: k > 0 for name, k in neurons.items()} if len(sites) > 1 else {}
-        found = statistics_of(params, parts.estimation, inputs, asked)
+        found = statistics_of(params, parts.estimation, inputs, asked, frozen)
         squares = squares_of(params, parts.estimation)
         current = recipe.loss(params, parts.whole)
         rows = {}
         for index, site in enumerate(sites):
             if refresh and index:
-                found = statistics_of(params, parts.estimation, inputs, asked)
+                found = statistics_of(params, parts.estimation, inputs, asked, frozen)
                 squares = squares_of(params, parts.estimation)
             site_key = None if key is None else jax.random.fold_in(key, index)
             exact = squares.get(site.name)
-            one = partial(grow_site, recipe, site, counts[site.name], parts, squares=exact, key=site_key)
+            plan = recipe._replace(frozen=frozen)
+            one = partial(grow_site, plan, site, counts[site.name], parts, squares=exact, key=site_key)
             wanted = limited(site, found[site.name], neurons[site.name])
             statistics = found[site.name]
             if "null_draws" not in wanted_sums:

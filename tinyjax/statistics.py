@@ -8,8 +8,8 @@ chosen.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +270,24 @@ def energy_alone(statistics: Statistics) -> Statistics:
         return found if name in kept else jax.tree.map(jnp.zeros_like, found)
 
     return _replace_sums(statistics, value)
+
+
+def without_rows(statistics: Statistics, rows: Sequence[int]) -> Statistics:
+    """The statistics as if these entries of b were always zero: an update leaves their weights alone.
+
+    Of a record without `link` the residual stays what it was, that of an update of all weights.
+    """
+    if not rows:
+        return statistics
+    index = jnp.asarray(rows)
+
+    def emptied(sums: Any) -> dict[str, Array | None]:
+        gram = sums.gram.at[..., index, :].set(0).at[..., :, index].set(0)
+        link = None if sums.link is None else sums.link.at[..., index].set(0)
+        return dict(gram=gram, cross=sums.cross.at[..., index, :].set(0), link=link)
+
+    null = None if statistics.null is None else statistics.null._replace(**emptied(statistics.null))
+    return dataclasses.replace(statistics, null=null, **emptied(statistics))
 
 
 def keep_halves(statistics: Statistics, kept: Array) -> Statistics:

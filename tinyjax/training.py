@@ -23,8 +23,16 @@ from tinyjax.parts import FEWEST
 from tinyjax.schedule import Schedule
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import find_sites
-from tinyjax.slots import per_site, require_names, width
-from tinyjax.surgery import Trainable, everything, multiple_of, resize
+from tinyjax.slots import per_site, require_growable, require_names, width
+from tinyjax.surgery import (
+    Trainable,
+    everything,
+    frozen_leaves,
+    mark_frozen,
+    multiple_of,
+    require_unfrozen,
+    resize,
+)
 from tinyjax.surgery.capacity import Policy
 from tinyjax.surgery.trained import trained_names
 from tinyjax.trace import batch_size, has_samples, map_samples, take_samples
@@ -46,6 +54,7 @@ class Record(NamedTuple):
         sites: the sites at their present capacities.
         loss_fn: the loss at these capacities.
         history: what every growth so far did, newest last.
+        refused: sites that cannot grow, with their reasons, where `fit` chose the sites itself.
     """
 
     step: int
@@ -57,6 +66,7 @@ class Record(NamedTuple):
     sites: Sites
     loss_fn: LossFn
     history: tuple[GrowthInfo, ...]
+    refused: Sites = Sites(())
 
 
 def train_step(
@@ -208,7 +218,8 @@ def fit(
         schedule: `schedule(step, widths, history)`, see `tinyjax.schedule`; `history` holds the past `GrowthInfo`s.
         key: for methods and fillers that draw.
         num_neurons: the largest number of neurons the schedule asks for at once, for all sites or by name.
-        sites: what to grow; default: every growable site.
+        sites: what to grow; default: every growable site whose neurons are read by kernels that `optimizer` and
+            `trainable` let train (the others are in `refused` of the records, with their reasons).
         growth_samples: samples a growth uses (fewer if the batches end, and no growth with fewer than 8): statistics on
             3/4 of them, line searches on the rest. By site name or one number for all; sites that grow together use the
             largest.
@@ -250,7 +261,13 @@ def fit(
     if step and not stream.has_next():  # a run that was stopped at its end
         return
     first = stream.peek()
-    found = find_sites(loss_fn, params, first, has_aux=has_aux).growable if sites is None else as_sites(sites)
+    frozen = frozen_leaves(params, optimizer, trainable)
+    if sites is None:
+        every = mark_frozen(find_sites(loss_fn, params, first, has_aux=has_aux), frozen)
+        found, refused = every.growable, Sites(site for site in every if not site.growable)
+    else:
+        found, refused = as_sites(sites), Sites(())
+        require_unfrozen(found, frozen)
     most = per_site(found, num_neurons)
     require_counts(found, most)
     policy = multiple_of(8) if policy is None and make_loss is not None else policy
@@ -270,7 +287,7 @@ def fit(
         if not stream.has_next():
             return
         info = None
-        wanted = _wanted(schedule(done, widths, history), found, most)
+        wanted = _wanted(schedule(done, widths, history), found, most, refused)
         if wanted:
             needed = {name: w + wanted.get(name, 0) for name, w in widths.items()}
             if policy is not None and any(needed[site.name] > site.capacity for site in found):
@@ -289,7 +306,7 @@ def fit(
                 widths |= {name: int(w) for name, w in info.width.items()}
                 history += (info,)
         params, opt_state, loss = compiled.train(params, opt_state, stream.take(), micro_batch)
-        yield Record(done + 1, loss, info, dict(widths), params, opt_state, found, loss_fn, history)
+        yield Record(done + 1, loss, info, dict(widths), params, opt_state, found, loss_fn, history, refused)
 
 
 def _check_arguments(batches: Any, optimizer: Any, schedule: Any, key: Any) -> None:
@@ -308,10 +325,13 @@ def _check_arguments(batches: Any, optimizer: Any, schedule: Any, key: Any) -> N
         raise ValueError(f"`key` must be a PRNG key, `jax.random.key(seed)`, got {key!r}")
 
 
-def _wanted(answer: Any, sites: Sites, most: Mapping[str, int]) -> dict[str, int]:
+def _wanted(answer: Any, sites: Sites, most: Mapping[str, int], refused: Sites) -> dict[str, int]:
     """What the schedule asks for, without the zeros."""
     if not isinstance(answer, Mapping):
         raise ValueError(f"the schedule must return the neurons to add by site, {{}} for none; it returned {answer!r}")
+    for site in refused:
+        if answer.get(site.name):
+            require_growable(site)
     require_names(sites, answer)
     for name, k in answer.items():
         if k != int(k):

@@ -105,12 +105,13 @@ def _decay(one: Any, two: Any, field: str) -> float:
     """
     if not jax.tree.leaves(one):
         return 0.0  # all leaves masked
-    first, then = (np.asarray(jax.tree.leaves(x)[0]) for x in (one, two))
-    if not first.all():
+    first, then = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(x)]) for x in (one, two))
+    if not first.any():
         raise ValueError(UNKNOWN_CORRECTION)
+    entry = np.flatnonzero(first)[0]  # others may be masked before they get here
     power = 1 if field == "mu" else 2
-    gain = float(first.ravel()[0]) / PROBE**power
-    ratio = float(then.ravel()[0]) / float(first.ravel()[0])
+    gain = float(first[entry]) / PROBE**power
+    ratio = float(then[entry]) / float(first[entry])
     return 1 - gain if abs(1 - gain - ratio) < 4 * float(jnp.finfo(first.dtype).eps) else ratio
 
 

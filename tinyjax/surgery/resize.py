@@ -24,6 +24,7 @@ from tinyjax.slots import (
     width,
 )
 from tinyjax.surgery.capacity import Policy
+from tinyjax.surgery.frozen import frozen_leaves, require_scalable
 from tinyjax.surgery.trained import Trainable, everything, owner, trained_names
 
 
@@ -81,7 +82,8 @@ def resize(
 
     Raises:
         ValueError: for an unknown site, one that cannot grow, a capacity below its width (named), a state without
-            optimizer, a state that does not belong to the parameters; or when cutting while traced.
+            optimizer, a state that does not belong to the parameters; where a leaf that has to be multiplied is frozen;
+            or when cutting while traced.
 
     Example:
         >>> params, opt_state, sites = tinyjax.resize(
@@ -97,6 +99,7 @@ def resize(
         require_concrete(params, "the capacity that a policy chooses")
         capacities = capacities({site.name: int(width(params, site)) for site in sites.growable}, None)
     changes = _changes(params, sites, capacities)
+    require_scalable(sites, capacities, lambda: frozen_leaves(params, optimizer, trainable))
     rescaled = _rescaled(params, sites, capacities)  # before new slots come: they are neutral
     new = _resize_like(rescaled, changes, dict.fromkeys(named_leaves(params), ""))
     result = [new]
