@@ -97,3 +97,103 @@ def test_numbers_that_a_loss_closes_over_are_read_under_a_trace_too():
     jax.jit(lambda weight: check(of(jnp.mean, weight)))(2.0)
     with pytest.raises(ValueError, match="the loss sums over the samples"):
         jax.jit(lambda weight: check(of(jnp.sum, weight)))(2.0)
+
+
+# --- the same in parts: micro-batches and iterators, with models of their own
+
+
+def dense(p, b):
+    return jnp.sum((jnp.tanh(b["x"] @ p["w"]) @ p["v"] - b["t"]) ** 2)
+
+
+def convolved(p, b):
+    x = jax.lax.conv_general_dilated(b["x"][..., None], p["w"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+    return jnp.sum(jnp.mean((jax.nn.relu(x).mean(1) @ p["v"] - b["t"]) ** 2, axis=1))
+
+
+def recurrent(p, b):
+    def step(h, x):
+        return jnp.tanh(x @ p["w"] + h @ p["u"]), None
+
+    steps = b["x"].reshape(-1, 3, 2).transpose(1, 0, 2)
+    h, _ = jax.lax.scan(step, jnp.zeros((len(b["x"]), p["u"].shape[0])), steps)
+    return jnp.sum((h @ p["v"] - b["t"]) ** 2) / 16  # the number of samples as it happened to be
+
+
+def weighted(p, b):
+    """Of every sample its own weight, as of tokens that are masked: not divided by the sum of the weights."""
+    return jnp.sum(b["m"] * jnp.mean((jnp.tanh(b["x"] @ p["w"]) @ p["v"] - b["t"]) ** 2, axis=1))
+
+
+def over_the_root(p, b):
+    return dense(p, b) / np.sqrt(len(b["x"]))
+
+
+PARTS = {
+    "dense": (dense, zoo.draw(1, w=(6, 4), v=(4, 3))),
+    "convolved": (convolved, zoo.draw(2, w=(3, 1, 4), v=(4, 3))),
+    "recurrent": (recurrent, zoo.draw(3, w=(2, 4), u=(4, 4), v=(4, 3))),
+    "weighted": (weighted, zoo.draw(4, w=(6, 4), v=(4, 3))),
+    "over_the_root": (over_the_root, zoo.draw(5, w=(6, 4), v=(4, 3))),
+}
+SAMPLES = zoo.draw(7, x=(16, 6), t=(16, 3)) | {"m": np.arange(16) % 3 / 2}
+HALVES = [jax.tree.map(lambda v, i=i: v[i : i + 8], SAMPLES) for i in (0, 8)]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_sums_are_refused_in_micro_batches_iterators_and_by_everyone_who_takes_them(name):
+    loss, params = PARTS[name]
+    sites = tinyjax.find_sites(loss, params, SAMPLES).growable
+    assert sites
+    fit = dict(num_neurons=1, optimizer=optax.sgd(0.1), schedule=lambda *_: {}, key=jax.random.key(0))
+    for parts in (
+        lambda: tinyjax.estimate(loss, params, SAMPLES, sites, micro_batch=8),
+        lambda: tinyjax.estimate(loss, params, SAMPLES, sites, micro_batch=6),
+        lambda: tinyjax.estimate(loss, params, iter(HALVES), sites),
+        lambda: tinyjax.make_grow_step(loss, sites, num_neurons=1, estimate_micro_batch=6)(params, SAMPLES),
+        lambda: tinyjax.diagnose(loss, params, SAMPLES),
+        lambda: next(tinyjax.fit(loss, params, [SAMPLES], micro_batch=8, **fit)),
+    ):
+        with pytest.raises(ValueError, match="the loss sums over the samples of its batch.*Take the mean"):
+            parts()
+
+
+def test_means_in_parts_add_up_and_a_loss_for_one_number_of_samples_passes():
+    def mean(p, b):
+        return dense(p, b) / len(b["x"])
+
+    def eight(p, b):
+        assert b["x"].shape == (8, 6)
+        return dense(p, b)
+
+    params = PARTS["dense"][1]
+    site = tinyjax.find_sites(mean, params, SAMPLES)["w"]
+    whole = tinyjax.estimate(mean, params, SAMPLES, site).energy.sum()
+    for parts in (
+        tinyjax.estimate(mean, params, SAMPLES, site, micro_batch=8),
+        tinyjax.estimate(mean, params, iter(HALVES), site),
+    ):
+        np.testing.assert_allclose(parts.energy.sum(), whole, rtol=1e-12)
+    # all parts are alike: they cannot but be comparable
+    fixed = tinyjax.estimate(eight, params, SAMPLES, site, micro_batch=8).energy.sum()
+    np.testing.assert_allclose(fixed, 64 * whole, rtol=1e-12)
+
+
+def test_a_mean_over_masked_tokens_in_micro_batches_is_that_of_accumulated_gradients():
+    """It is no mean of terms of samples: `chunk` refuses it, `micro_batch` says that it takes the mean of the parts."""
+
+    def masked(p, b):
+        each = jnp.mean((jnp.tanh(b["x"] @ p["w"]) @ p["v"] - b["t"]) ** 2, axis=1)
+        return jnp.sum(each * b["m"]) / jnp.sum(b["m"])
+
+    params = PARTS["dense"][1]
+    site = tinyjax.find_sites(masked, params, SAMPLES)["w"]
+    with pytest.raises(ValueError, match="couples the samples"):
+        tinyjax.estimate(masked, params, SAMPLES, site, chunk=8)
+    found = tinyjax.estimate(masked, params, SAMPLES, site, micro_batch=8)
+
+    def accumulated(v):
+        return sum(masked(params | {"v": v}, half) for half in HALVES) / 2
+
+    gradient = jax.grad(accumulated)(params["v"])
+    np.testing.assert_allclose(tinyjax.moments(found).cross, -gradient, rtol=1e-9, atol=1e-12)

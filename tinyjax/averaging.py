@@ -9,15 +9,18 @@ with the number of samples; the loss must not scale like a sum.
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from tinyjax.atoms import root, roots
 from tinyjax.axes import Axes
 from tinyjax.layout import Params
-from tinyjax.trace import MATMULS, VIEWS, Op, Value, flatten, trace
+from tinyjax.trace import MATMULS, VIEWS, Op, Trace, Value, flatten, has_samples, trace
 
 # By how much the terms of a value are larger in the first graph than in the second; None: not by a factor.
 Factors = frozenset[float] | None
 
 _SAME = frozenset({1.0})
+_POWERS = (1, 0.5)  # of the number of samples, as in sum, sum / sqrt(n); others are also what coupled samples give
 _ADDITIVE = VIEWS | frozenset(
     """add add_any sub neg broadcast_in_dim reduce_sum stop_gradient scan_carry scan_out concatenate slice stack unstack
     split select_n cond_out""".split()
@@ -35,12 +38,38 @@ def require_mean(loss_fn: Callable[..., Any], params: Params, many: Any, few: An
         few: a batch of fewer samples.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
     """
-    traces = [trace(loss_fn, params, batch, has_aux=has_aux) for batch in (many, few)]
-    ratio = traces[0].num_samples / traces[1].num_samples
-    first, second = map(flatten, traces)
+    _refuse_sums(*(trace(loss_fn, params, batch, has_aux=has_aux) for batch in (many, few)))
+
+
+def require_mean_in_parts(loss_fn: Callable[..., Any], params: Params, part: Any, *, has_aux: bool = False) -> None:
+    """Raises a ValueError if the loss sums over the samples of a part of a batch; twice as many are traced beside it.
+
+    A loss that takes no other number of samples passes: all its parts are alike.
+
+    Args:
+        loss_fn: `loss_fn(params, batch) -> loss`, or `(loss, aux)` with `has_aux`.
+        params: the parameters; only shapes matter.
+        part: samples; only shapes matter.
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
+    """
+    one = trace(loss_fn, params, part, has_aux=has_aux)
+
+    def doubled(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct((2 * leaf.shape[0], *leaf.shape[1:]), leaf.dtype) if has_samples(leaf) else leaf
+
+    try:
+        two = trace(loss_fn, params, jax.tree.map(doubled, part), has_aux=has_aux)
+    except (TypeError, ValueError, AssertionError):
+        return
+    _refuse_sums(two, one)
+
+
+def _refuse_sums(many: Trace, few: Trace) -> None:
+    ratio = many.num_samples / few.num_samples
+    first, second = map(flatten, (many, few))
     if [op.name for op in first.ops] != [op.name for op in second.ops]:
         return
-    axes = Axes(first, traces[0].batched, traces[0].num_samples)
+    axes = Axes(first, many.batched, many.num_samples)
     dependent = set(first.batch)
     factors: dict[Value, Factors] = {}
 
@@ -58,11 +87,13 @@ def require_mean(loss_fn: Callable[..., Any], params: Params, many: Any, few: An
         factors.update(dict.fromkeys(op.outs, result))
         dependent.update(op.outs if varying else ())
     found = factors.get(first.loss, _SAME) if first.loss in dependent else None
-    if found is not None and any(abs(factor / ratio - 1) < 1e-3 for factor in found):
-        raise ValueError(
-            "the loss sums over the samples of its batch: on more samples of the same kind it is larger. Take the mean "
-            "over them, so that parts of a batch are comparable"
-        )
+    for power in _POWERS if found is not None else ():
+        if any(abs(factor / ratio**power - 1) < 1e-3 for factor in found):
+            how = "it is larger" if power == 1 else f"it is multiplied by their number to the power {power:g}"
+            raise ValueError(
+                f"the loss sums over the samples of its batch: on more samples of the same kind {how}. Take the mean "
+                "over them, so that parts of a batch are comparable"
+            )
 
 
 def _of_constant(a: Value, b: Value) -> Factors:

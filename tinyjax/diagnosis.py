@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tinyjax.averaging import require_mean_in_parts
 from tinyjax.estimate import estimate_batch
 from tinyjax.layout import Params
 from tinyjax.methods import (
@@ -135,6 +136,7 @@ def diagnose(
         require_unfrozen(sites, frozen)
         for site in sites:
             require_growable(site)
+    require_mean_in_parts(loss_fn, params, batch, has_aux=has_aux)
     growable = sites.growable
     refused = Sites(site for site in sites if not site.growable)
     if not growable:

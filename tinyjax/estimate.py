@@ -5,7 +5,7 @@ from typing import Any, overload
 
 from jaxtyping import Array
 
-from tinyjax.averaging import require_mean
+from tinyjax.averaging import require_mean, require_mean_in_parts
 from tinyjax.gates import search_gates
 from tinyjax.layout import Params
 from tinyjax.methods.update import Ridge
@@ -107,8 +107,9 @@ def estimate(
 
     Raises:
         ValueError: for a site that cannot grow or is not found in this model, a bad batch, a loss that is not a scalar,
-            an odd `chunk` or `micro_batch`, a `chunk` for a loss that couples the samples or sums over them, null
-            draws for a site too wide for them, or third moments where they say nothing.
+            an odd `chunk` or `micro_batch`, a `chunk` for a loss that couples the samples, parts (chunks,
+            micro-batches, an iterator) of a loss that sums over them, null draws for a site too wide for them, or third
+            moments where they say nothing.
 
     Example:
         >>> estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=sites))
@@ -130,6 +131,8 @@ def estimate(
     )
     first = 0
     for one in batches:
+        if first == 0 and isinstance(batch, Iterator):
+            require_mean_in_parts(loss_fn, params, one, has_aux=has_aux)
         found = estimate_batch(loss_fn, params, one, sites, first=first, **options).statistics
         first += batch_size(one)
         if total and any(s.gates is not None for s in found.values()):
@@ -204,6 +207,8 @@ def estimate_batch(
         if not coupled:
             if micro_batch is None:
                 require_mean(loss_fn, params, batch, take_samples(batch, 0, size), has_aux=has_aux)
+            else:
+                require_mean_in_parts(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
 
             def in_chunks(step: Step) -> Estimate:
                 return sums_in_chunks(step, traced, discovery, params, batch, num_samples, size, first)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from tinyjax.averaging import require_mean_in_parts
 from tinyjax.growth import make_grow_step, require_counts
 from tinyjax.info import GrowthInfo, check
 from tinyjax.layout import Params, named_leaves, replace_leaves
@@ -244,7 +245,7 @@ def fit(
     Raises:
         ValueError: no batch (unless `step` says that the run was at its end); a schedule that names an unknown site or
             asks for more than `num_neurons`; a policy without the `final` it needs; and as `find_sites`,
-            `make_grow_step` and `check`.
+            `make_grow_step` and `check`; a loss that sums over the samples of a micro-batch.
 
     Example:
         >>> optimizer = tinyjax.with_birth(optax.adam(1e-3))
@@ -276,6 +277,8 @@ def fit(
         raise ValueError(f"`growth_samples` must be at least {FEWEST} samples, got {growth_samples}")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"`micro_batch` must be at least 1 sample, got {micro_batch}")
+    if micro_batch is not None:
+        require_mean_in_parts(loss_fn, params, take_samples(first, 0, micro_batch), has_aux=has_aux)
     options = dict(optimizer=optimizer, trainable=trainable, has_aux=has_aux) | growth
     compiled = _Compiled(loss_fn, found, most, options, with_aux, programs, history)
     opt_state = optimizer.init(trainable(params)) if opt_state is None else opt_state

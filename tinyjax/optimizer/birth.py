@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array
 
 from tinyjax.layout import named_leaves
+from tinyjax.optimizer.mixing import require_unmixed
 from tinyjax.optimizer.moments import Shown, corrected_states, replace_corrected, show
 from tinyjax.optimizer.probe import probe
 
@@ -49,7 +50,8 @@ def with_birth(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
         The optimizer, with a `BirthState`; mark births with `reset_grown`.
 
     Raises:
-        ValueError: by `init` or `update`, for an optimizer that cannot be supported (named).
+        ValueError: by `init` or `update`, for an optimizer that cannot be supported (named), or that mixes the entries
+            of a leaf so that free slots would not stay free (`optax.centralize`).
 
     Example:
         >>> optimizer = tinyjax.with_birth(optax.adam(1e-3))
@@ -61,6 +63,7 @@ def with_birth(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 
     def init(params: Any) -> BirthState:
         probe(inner, params)
+        require_unmixed(inner, params)
         return BirthState(inner.init(params), jnp.zeros([], jnp.int32), _never(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, BirthState]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool
 
 from tinyjax.layout import Layout, Params, named_leaves, path_name
 from tinyjax.optimizer.birth import BirthState
+from tinyjax.optimizer.mixing import require_unmixed
 from tinyjax.optimizer.moments import corrected_states
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.slots import require_names
@@ -119,7 +120,8 @@ def reset_grown(
         The new state; slots that were not born keep theirs.
 
     Raises:
-        ValueError: for an unknown site, a mask of another length, or what the rule refuses.
+        ValueError: for an unknown site, a mask of another length, an optimizer that mixes the entries of a leaf along
+            slots so that free ones would not stay free, or what the rule refuses.
 
     Example:
         >>> neurons = tinyjax.tiny0(statistics, num_neurons=2)
@@ -128,6 +130,9 @@ def reset_grown(
     """
     sites = as_sites(sites)
     require_names(sites, born)
+    trained = trained_names(trainable, params)
+    if not any(map(_is_births, jax.tree.leaves(opt_state, is_leaf=_is_births))):  # else `with_birth` has tried it
+        require_unmixed(optimizer, trainable(params), _slot_axes(sites, trained))
     axes: dict[str, dict[int, Array]] = {}
     for name, mask in born.items():
         if jnp.shape(mask) != (sites[name].capacity,):
@@ -136,9 +141,17 @@ def reset_grown(
             axis, vector = _along_axis(member.layout, jnp.asarray(mask, bool))
             leaf = axes.setdefault(member.leaf, {})
             leaf[axis] = leaf[axis] | vector if axis in leaf else vector
-    trained = trained_names(trainable, params)
     newborn = {name: axes.get(full, {}) for name, full in trained.items()}
     return rule(optimizer, opt_state, trainable(params), newborn)
+
+
+def _slot_axes(sites: Sites, trained: Mapping[str, str]) -> dict[str, set[int]]:
+    """The axes along which slots lie, by path of a trained leaf."""
+    found: dict[str, set[int]] = {}
+    for layout in (member.layout for site in sites for member in site.members):
+        assert layout.slot is not None
+        found.setdefault(layout.leaf, set()).add(layout.axes[layout.slot])
+    return {name: found[full] for name, full in trained.items() if full in found}
 
 
 def _along_axis(layout: Layout, mask: Array) -> tuple[int, Array]:
