@@ -71,6 +71,26 @@ def good() -> Good:
     return Good(params, batch, sites, sites["w"], statistics, neurons, info, optax.adam(1e-3))
 
 
+def summed(params: Any, batch: Any) -> Any:
+    return loss_fn(params, batch) * len(batch["x"])
+
+
+def freezing(leaf: str) -> Any:
+    """An optimizer that never moves this leaf."""
+    return optax.multi_transform(
+        {"train": optax.sgd(0.1), "freeze": optax.set_to_zero()},
+        {name: "freeze" if name == leaf else "train" for name in "wbu"},
+    )
+
+
+def projected(x: Any) -> Any:
+    u, s, v = jnp.linalg.svd(jnp.atleast_2d(x), full_matrices=False)
+    return ((u[:, :1] * s[:1]) @ v[:1]).reshape(x.shape)
+
+
+PROJECTED = optax.stateless(lambda g, p: jax.tree.map(projected, g))
+
+
 def step(g: Good, **options: Any) -> Any:
     """A grow step of the good model."""
     return tinyjax.make_grow_step(loss_fn, **({"sites": g.sites, "num_neurons": 2} | options))
@@ -190,6 +210,9 @@ CASES = {
         Case("an odd `chunk`", lambda g: tinyjax.estimate(loss_fn, g.params, g.batch, g.site, chunk=3), "`chunk` must be an even number"),
         Case("a `chunk` of 0", lambda g: tinyjax.estimate(loss_fn, g.params, g.batch, g.site, chunk=0), "`chunk` must be an even number"),
         Case("an iterator without batches", lambda g: tinyjax.estimate(loss_fn, g.params, iter(()), g.site), "iterator of batches is empty"),
+        Case("micro-batches of a loss that sums over its samples", lambda g: tinyjax.estimate(summed, g.params, g.batch, g.site, micro_batch=8), "the loss sums over the samples"),
+        Case("an iterator of batches for such a loss", lambda g: tinyjax.estimate(summed, g.params, iter([g.batch]), g.site), "the loss sums over the samples"),
+        Case("a loss that sums over its samples to `diagnose`", lambda g: tinyjax.diagnose(summed, g.params, g.batch), "the loss sums over the samples"),
         Case("no sites", lambda g: tinyjax.estimate(loss_fn, g.params, g.batch, ()), "`sites` is empty"),
         Case("`num_neurons=0` to `diagnose`", lambda g: tinyjax.diagnose(loss_fn, g.params, g.batch, num_neurons=0), "`num_neurons` must be an int >= 1"),
         Case("no sites to grow", lambda g: step(g, sites=()), "`sites` is empty: there is nothing to grow"),
@@ -281,6 +304,12 @@ CASES = {
         Case("a schedule for an unknown site", lambda g: tinyjax.every(1, {"v": 1}, final=4)(0, {"w": 1}), "no site `v`"),
         Case("`reset_grown` without `with_birth`", lambda g: tinyjax.reset_grown(
             g.optimizer, g.optimizer.init(g.params), g.params, g.sites, g.info.born), "wrap the optimizer as `with_birth"),
+        Case("a site that is read by a frozen kernel", lambda g: step(g, optimizer=(o := freezing("u")))(g.params, g.batch, o.init(g.params)), "is frozen .the optimizer never moves it"),
+        Case("such a kernel, left out by `trainable`", lambda g: step(g, trainable=lambda p: {"w": p["w"], "b": p["b"]})(g.params, g.batch), "is frozen .`trainable` leaves it out"),
+        Case("a schedule that asks for such a site", lambda g: fit(g, optimizer=freezing("u"), schedule=lambda *_: {"w": 1}), "site `w` cannot grow: its neurons are read by"),
+        Case("an optimizer that centralises gradients", lambda g: tinyjax.with_birth(optax.chain(optax.centralize(), g.optimizer)).init(g.params), "free slots would not stay free"),
+        Case("an optimizer that projects gradients by a decomposition", lambda g: tinyjax.with_birth(optax.chain(PROJECTED, g.optimizer)).init(g.params), "up to rounding"),
+        Case("micro-batches of a loss that sums over its samples", lambda g: fit(g, loss_fn=summed, micro_batch=8), "the loss sums over the samples"),
         Case("`born` of another capacity", lambda g: tinyjax.reset_grown(
             (o := tinyjax.with_birth(g.optimizer)), o.init(g.params), g.params, g.sites, {"w": jnp.ones(3, bool)}), r"`born` of site `w` has shape \(3,\)"),
         Case("one batch for the batches", lambda g: fit(g, batches=g.batch), "`batches` must be an iterable of batches"),

@@ -55,7 +55,9 @@ def require_mean_in_parts(loss_fn: Callable[..., Any], params: Params, part: Any
     one = trace(loss_fn, params, part, has_aux=has_aux)
 
     def doubled(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct((2 * leaf.shape[0], *leaf.shape[1:]), leaf.dtype) if has_samples(leaf) else leaf
+        if not has_samples(leaf, one.num_samples):
+            return leaf
+        return jax.ShapeDtypeStruct((2 * leaf.shape[0], *leaf.shape[1:]), leaf.dtype)
 
     try:
         two = trace(loss_fn, params, jax.tree.map(doubled, part), has_aux=has_aux)
