@@ -306,7 +306,7 @@ CASES = {
             g.optimizer, g.optimizer.init(g.params), g.params, g.sites, g.info.born), "wrap the optimizer as `with_birth"),
         Case("a site that is read by a frozen kernel", lambda g: step(g, optimizer=(o := freezing("u")))(g.params, g.batch, o.init(g.params)), "is frozen .the optimizer never moves it"),
         Case("such a kernel, left out by `trainable`", lambda g: step(g, trainable=lambda p: {"w": p["w"], "b": p["b"]})(g.params, g.batch), "is frozen .`trainable` leaves it out"),
-        Case("a schedule that asks for such a site", lambda g: fit(g, optimizer=freezing("u"), schedule=lambda *_: {"w": 1}), "site `w` cannot grow: its neurons are read by"),
+        Case("a schedule that asks for such a site", lambda g: fit(g, optimizer=freezing("u"), schedule=lambda *_: {"w": 1}), "at site `w`, which cannot grow: its neurons are read by"),
         Case("an optimizer that centralises gradients", lambda g: tinyjax.with_birth(optax.chain(optax.centralize(), g.optimizer)).init(g.params), "free slots would not stay free"),
         Case("an optimizer that projects gradients by a decomposition", lambda g: tinyjax.with_birth(optax.chain(PROJECTED, g.optimizer)).init(g.params), "up to rounding"),
         Case("micro-batches of a loss that sums over its samples", lambda g: fit(g, loss_fn=summed, micro_batch=8), "the loss sums over the samples"),

@@ -212,7 +212,7 @@ def test_a_site_read_by_a_frozen_kernel_is_refused_when_named_and_left_out_when_
     schedule = lambda step, widths, history: {producer: 1}  # noqa: E731
     with pytest.raises(ValueError, match=message):
         next(tinyjax.fit(loss, thinned, [batch], optimizer, schedule, jax.random.key(0), sites=site, num_neurons=1))
-    with pytest.raises(ValueError, match=f"site `{producer}` cannot grow: .*`{reader}`, which is frozen"):
+    with pytest.raises(ValueError, match=f"at site `{producer}`, which cannot grow: .*`{reader}`, which is frozen"):
         next(tinyjax.fit(loss, thinned, [batch], optimizer, schedule, jax.random.key(0), num_neurons=1))
     idle = tinyjax.fit(loss, thinned, [batch], optimizer, lambda *_: {}, jax.random.key(0), num_neurons=1)
     record = next(idle)

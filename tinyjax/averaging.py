@@ -89,8 +89,8 @@ def _refuse_sums(many: Trace, few: Trace) -> None:
         factors.update(dict.fromkeys(op.outs, result))
         dependent.update(op.outs if varying else ())
     found = factors.get(first.loss, _SAME) if first.loss in dependent else None
-    for power in _POWERS if found is not None else ():
-        if any(abs(factor / ratio**power - 1) < 1e-3 for factor in found):
+    for power in _POWERS:
+        if found is not None and any(abs(factor / ratio**power - 1) < 1e-3 for factor in found):
             how = "it is larger" if power == 1 else f"it is multiplied by their number to the power {power:g}"
             raise ValueError(
                 f"the loss sums over the samples of its batch: on more samples of the same kind {how}. Take the mean "

@@ -24,7 +24,7 @@ from tinyjax.parts import FEWEST
 from tinyjax.schedule import Schedule
 from tinyjax.site import Site, Sites, as_sites
 from tinyjax.sites import find_sites
-from tinyjax.slots import per_site, require_growable, require_names, width
+from tinyjax.slots import per_site, require_names, width
 from tinyjax.surgery import (
     Trainable,
     everything,
@@ -334,7 +334,7 @@ def _wanted(answer: Any, sites: Sites, most: Mapping[str, int], refused: Sites) 
         raise ValueError(f"the schedule must return the neurons to add by site, {{}} for none; it returned {answer!r}")
     for site in refused:
         if answer.get(site.name):
-            require_growable(site)
+            raise ValueError(f"the schedule asks for neurons at site `{site.name}`, which cannot grow: {site.reason}")
     require_names(sites, answer)
     for name, k in answer.items():
         if k != int(k):
