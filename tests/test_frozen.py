@@ -108,6 +108,12 @@ def test_a_line_search_trains_everything_and_hyperparameters_are_the_users():
     assert not frozen_leaves(PARAMS, optax.inject_hyperparams(optax.adam)(learning_rate=0.0))
 
 
+def test_an_optimizer_that_moves_nothing_freezes_nothing():
+    for still in (optax.sgd(0.0), optax.set_to_zero(), tinyjax.with_birth(optax.adam(0.0))):
+        assert not frozen_leaves(PARAMS, still)
+        assert set(frozen_leaves(PARAMS, still, lambda p: {"w": p["w"]})) == {"u", "c"}
+
+
 def test_what_trainable_leaves_out_is_frozen():
     found = frozen_leaves({"a": PARAMS, "b": PARAMS}, optax.masked(optax.set_to_zero(), IS_U), lambda p: p["a"])
     assert set(found) == {"a/u", "b/w", "b/u", "b/c"}

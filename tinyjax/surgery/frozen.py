@@ -2,7 +2,7 @@
 
 An optimizer freezes a leaf where its update is zero whatever the gradients are (`set_to_zero`, a mask, a label, a chain
 that multiplies by zero). That is read off its program: no step is run, and a schedule that begins at zero, or a step
-that waits for others, is no number of the program and freezes nothing.
+that waits for others, is no number of the program and freezes nothing. Nor does an optimizer that moves nothing at all.
 """
 
 import dataclasses
@@ -64,6 +64,8 @@ def _still(optimizer: Any, treedef: Any, kinds: tuple[tuple[tuple[int, ...], Any
         if len(kept) == len(state) and all(map(_same, kept, state)):
             break
         state = kept if len(kept) == len(state) else [UNKNOWN] * len(state)
+    if all(np.all(update == 0) for update in updates):  # growth without training, as with a rate of 0
+        return ()
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(part)]
     return tuple((name, _why(update)) for name, update in zip(names, updates) if np.any(update == 0))
 
