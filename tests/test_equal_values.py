@@ -1,5 +1,6 @@
 """Equal values are one value: a hidden layer that is computed twice, or copied, on its way to several readers."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -49,6 +50,41 @@ def test_two_readers_of_equal_values(name):
 @pytest.mark.parametrize("name", ["computed_twice", "detached", "detached_before"])
 def test_the_laws_hold_for_two_readers_of_equal_values(name):
     assert_laws(two_heads(jnp.tanh, COPIES[name]), PARAMS, BATCH, readers=("u", "v"))
+
+
+def encode(p, b):
+    return jax.nn.silu(2 * (b["x"] @ p["w"] + p["b"]))
+
+
+def encoder_called_twice(p, b):
+    out, other = encode(p, b) @ p["u"], encode(p, b) @ p["v"]
+    return jnp.mean((out - b["t"]) ** 2) + jnp.mean((other - b["t"][:, :2]) ** 4)
+
+
+def rematerialised_once(p, b):
+    out = jax.checkpoint(lambda p: encode(p, b) @ p["u"])(p)
+    return jnp.mean((out - b["t"]) ** 2) + jnp.mean((encode(p, b) @ p["v"]) ** 4)
+
+
+@pytest.mark.parametrize("loss_fn", [encoder_called_twice, rematerialised_once])
+def test_the_laws_hold_for_an_encoder_that_is_called_for_each_of_its_readers(loss_fn):
+    assert_laws(loss_fn, PARAMS, BATCH, readers=("u", "v"))
+
+
+def test_a_network_that_is_called_twice_is_asked_for_both():
+    """One product in the graph, V_goal of its two places added; its rows are counted once."""
+    net = lambda p, b: encode(p, b) @ p["u"]  # noqa: E731
+    twice = lambda p, b: jnp.mean((net(p, b) - b["t"]) ** 2) + jnp.mean(jax.checkpoint(net)(p, b) ** 4)  # noqa: E731
+
+    def once(p, b):
+        out = net(p, b)
+        return jnp.mean((out - b["t"]) ** 2) + jnp.mean(out**4)
+
+    assert_laws(twice, PARAMS, BATCH)
+    sites = [tinyjax.find_sites(loss_fn, PARAMS, BATCH) for loss_fn in (twice, once)]
+    assert sites[0] == sites[1]
+    sums = [jax.jit(lambda p, f=f: tinyjax.estimate(f, p, BATCH, sites[0]["w"]))(PARAMS) for f in (twice, once)]
+    chex.assert_trees_all_close(*sums, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,11 @@ def capture(
     """
     records = {use.op.path: 1 - use.operand for use in recorded} | dict(operands)
     zeros = {use.op.path: _zeros(use) for use in probed}
+    again = {use.op.path: use.op.twins for use in probed}  # a product that is computed twice is probed twice
 
     def run(probes: dict[Address, Array]) -> tuple[Array, dict[Address, Array]]:
-        outs, heard = _run(traced.jaxpr.jaxpr, traced.jaxpr.consts, inputs, Taps(records, probes), ())
+        everywhere = probes | {twin: probes[at] for at, twins in again.items() for twin in twins}
+        outs, heard = _run(traced.jaxpr.jaxpr, traced.jaxpr.consts, inputs, Taps(records, everywhere), ())
         return outs[0], heard
 
     loss, pull, heard = jax.vjp(run, zeros, has_aux=True)

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from tinyjax.graph import MATMULS, OWN, Graph, Op, Value
+from tinyjax.graph import OWN, Graph, Op, Value
 
 # A view whose result has the shape and dtype of its operand is the operand.
 _RENAMING = frozenset(
     """reshape squeeze convert_element_type copy copy_p sharding_constraint optimization_barrier name slice
     broadcast_in_dim concatenate pvary""".split()
 )
-# Products stay apart, each is asked for its own V_goal; a carry belongs to its scan.
-_APART = MATMULS | OWN | {"scan_carry", "scan_in", "scan_out", "cond_out", "while", "iota"}
+# What belongs to its scan, or is known by more than its operands.
+_APART = OWN | {"scan_carry", "scan_in", "scan_out", "cond_out", "while", "iota"}
 # The number that changes nothing, and as which operands it does.
 _NEUTRAL = {"add": (0, (0, 1)), "sub": (0, (1,)), "mul": (1, (0, 1)), "div": (1, (1,))}
 
@@ -42,9 +42,9 @@ def _distinct(
     makes an axis (a broadcast, a draw, an iota) never is another: arrays of one shape may fill different dimensions.
     """
     instead: dict[Value, Value] = {}
-    known: dict[Hashable, tuple[Value, ...]] = {}
+    known: dict[Hashable, int] = {}  # where among the operations that are kept
     fills: dict[Value, Hashable] = {}
-    kept = []
+    kept: list[Op] = []
     for op in ops:
         if any(v in instead for v in (*op.ins, *op.chosen_by)):
             ins, chosen_by = (tuple(instead.get(v, v) for v in values) for values in (op.ins, op.chosen_by))
@@ -53,8 +53,11 @@ def _distinct(
             fills[op.outs[0]] = (_of_number(op.ins[0]), op.outs[0].shape)
         first = returned(op)
         if first is None and (key := _key(op, fills)) is not None:
-            first = known.setdefault(key, op.outs)
-        if first is None or first is op.outs:
+            at = known.setdefault(key, len(kept))
+            if at < len(kept):
+                first = kept[at].outs
+                kept[at] = dataclasses.replace(kept[at], twins=(*kept[at].twins, op.path))
+        if first is None:
             kept.append(op)
         else:
             instead.update(zip(op.outs, first))

@@ -57,6 +57,7 @@ class Op:
         scans: the scans around it, outermost first.
         inside: opaque calls around it (`cond`, `custom_vjp_call`, ...), through which nothing can be probed.
         chosen_by: of a `cond_out`, what decides between its operands.
+        twins: paths of the same operation on the same values elsewhere in the trace, which the graph leaves out.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Op:
     scans: tuple[Scan, ...] = ()
     inside: tuple[str, ...] = ()
     chosen_by: tuple[Value, ...] = ()
+    twins: tuple[tuple[int, ...], ...] = ()
 
     @property
     def stack(self) -> tuple[int, ...]:
