@@ -72,8 +72,26 @@ def head_outside(p, b):
     return jnp.mean(jnp.log1p(jnp.exp(out @ jnp.ones((3, 2)))) ** 2)
 
 
+def stacked_views(p, b):
+    out = net(p, jnp.stack([b["x"], b["y"]]).reshape(-1, 5)).reshape(2, -1, 3)
+    return jnp.mean((out[0] - b["t"]) ** 2) + jnp.mean(out[1] ** 4)
+
+
+def masked_views(p, b):
+    """Every view with a mask of its rows of its own."""
+    mask = (b["t"][:, :1] > 0) * 1.0
+    h = jnp.tanh(jnp.concatenate([b["x"], b["y"]]) @ p["w"]) * jnp.concatenate([mask, 1 - mask])
+    return jnp.mean((h @ p["u"] - 1) ** 2)
+
+
+def rolled(p, b):
+    """Neighbours in the batch are compared, behind the network."""
+    out = net(p, b["x"])
+    return jnp.mean((out - jnp.roll(out, 1, axis=0)) ** 2) + jnp.mean(out[: len(out) // 2] ** 4)
+
+
 LOSSES = [
-    two_views, three_views, mapped, mapped_in_groups, micro_batches, head_outside,
+    two_views, three_views, stacked_views, masked_views, rolled, mapped, mapped_in_groups, micro_batches, head_outside,
 ]  # fmt: skip
 
 
