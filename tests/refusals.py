@@ -219,7 +219,7 @@ refuse("in_while", lambda p, b: jax.lax.while_loop(jnp.any, lambda x: x + jax.la
 refuse("in_shard_map", lambda p, b: jax.shard_map(
     dense2, mesh=jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,)), in_specs=(P(), P()), out_specs=P())(
     p, b["x"]), {"w": "`shard_map`", "u": "`shard_map`"})  # fmt: skip
-refuse("by_hand", lambda p, b: (hidden(p, b["x"])[..., None] * p["u"]).sum(-2), {"u": "`mul`"})
+refuse("by_hand", lambda p, b: (hidden(p, b["x"])[..., None] * p["u"]).sum(-2), "`reduce_sum` is taken over it")
 refuse("single_slot", lambda p, b: dense2(p, b["x"]), "single slot", two_layers(h=1))
 
 

@@ -328,7 +328,7 @@ def linen_scan() -> Model:
 
     net, batch = Net(), data(6, 5)
     params = f64(jax.eval_shape(net.init, jax.random.key(0), batch["x"]))
-    return Model(mse(net.apply), params, batch, {"ScanBlock_0/Dense_1": 4}, {"ScanBlock_0/Dense_0": "input"})
+    return Model(mse(net.apply), params, batch, {"ScanBlock_0/Dense_1": 4})
 
 
 @model

@@ -59,6 +59,8 @@ class Dimensions:
 
     def is_hidden(self, dimension: Atom) -> bool:
         """Whether a dimension lies inside the model: neither its input nor its output."""
+        if INPUT in dimension.marks:
+            return False
         produced, consumed = dimension in self.producing, dimension in self.consuming
         if produced and (consumed or dimension in self.obstructed):
             return True
@@ -66,7 +68,7 @@ class Dimensions:
             return True
         matrices = {leaf for leaf, _ in self.leaves[dimension] if len(self.graph.params[leaf].shape) > 1}
         used = consumed or dimension in self.obstructed or BETWEEN_ACTIVATIONS in dimension.marks
-        return len(matrices) > 1 and used and INPUT not in dimension.marks
+        return len(matrices) > 1 and used
 
     def feeds(self, producer: Use) -> bool:
         """Whether anything computed from a product enters another product: then it is no output of the model."""
@@ -88,11 +90,6 @@ class Dimensions:
     def depth(self, leaf: int) -> int:
         """Number of scans that slice a leaf."""
         return max(view.depth for view in self.wiring.views.values() if view.leaf == leaf)
-
-    def is_shift(self, leaf: int) -> bool:
-        """Whether a leaf is only added to activations (a bias with two axes, a position embedding)."""
-        found = self.entries.get(leaf, ())
-        return bool(found) and all(op.name in ("add", "add_any") for op, _ in found)
 
     def first_user(self, leaf: int) -> str:
         """Words for the first operation that is more than a view of a leaf."""

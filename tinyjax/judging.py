@@ -40,21 +40,29 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
         verdict = find_layer(model, dimension, producers, consumers)
     if verdict.reason and may_be_stream(model, dimension, consumers):
         verdict = find_residual_stream(model, dimension, verdict.reason)
+    if verdict.reason and NORMED not in verdict.reason and is_turned(model, producers):
+        verdict = verdict._replace(reason=f"{verdict.reason}; {ROTARY}")
+    name = _heads_name([use.leaf for use in (*producers, *consumers)]) if whole_heads else ""
+    return describe(model, dimension, verdict, name), verdict.paths
+
+
+def describe(model: Dimensions, dimension: Atom, verdict: Verdict, name: str = "") -> Site:
+    """The site of a dimension about which a verdict was given; without `name` it is still to be named."""
     reason, paths = verdict.reason, verdict.paths
-    if paths:
-        producers, consumers = verdict.producers, verdict.consumers
-    if reason and NORMED not in reason and is_turned(model, producers):
-        reason = f"{reason}; {ROTARY}"
+    producers, consumers = verdict.producers, verdict.consumers
+    if not paths:
+        producers, consumers = model.producing.get(dimension, []), model.consuming.get(dimension, [])
     gates = [path.gate for path in paths if path.gate is not None]
     pattern = [use for path in paths if path.head is not None for use in (path.head.query, path.head.key)]
     gate_leaf = gates[0].leaf if gates else None
     members = tuple(
-        _member(model, leaf, factor, dimension, verdict.roles, gate_leaf) for leaf, factor in model.leaves[dimension]
+        _member(model, leaf, factor, dimension, verdict.roles, gate_leaf)
+        for leaf, factor in model.leaves.get(dimension, ())
     )
     layers = consumers or producers  # heads are in front of a producer's layers, not of its consumers'
     stack = tuple(layers[0].kernel.factors[f] for f in layers[0].kernel.stack) if layers else ()
-    site = Site(
-        name=_heads_name([use.leaf for use in (*producers, *consumers)]) if whole_heads else "",
+    return Site(
+        name=name,
         capacity=dimension.size,
         growable=not reason,
         reason=reason,
@@ -68,7 +76,6 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
         pattern=_kernels(model, pattern, dimension, "cols"),
         stream=verdict.stream,
     )
-    return site, paths
 
 
 def _heads_name(leaves: Sequence[str]) -> str:
@@ -94,7 +101,7 @@ def _member(
 
 def _kernels(model: Dimensions, uses: Sequence[Use], dimension: Atom, side: str) -> tuple[Kernel, ...]:
     """The kernels of some uses, whose slots are on one side of their matrices."""
-    factors = [(model.names[leaf], factor) for leaf, factor in model.leaves[dimension]]
+    factors = [(model.names[leaf], factor) for leaf, factor in model.leaves.get(dimension, ())]
 
     def slotted(layout: Layout, among: tuple[int, ...]) -> Layout:
         return _with_slot(layout, next((f for leaf, f in factors if leaf == layout.leaf and f in among), None))

@@ -38,6 +38,10 @@ INPUT = "it is an input of the model"
 JOINED = "it is a concatenation"
 SAMPLES = "it counts the samples of the batch"
 SHARED_HEADS = "it counts queries that share a head of keys: no whole one is added, its dimensions can grow"
+STEPS = "it counts the steps of a scan"
+PIXELS = "it is a spatial axis of a convolution"
+INDEXED = "it is indexed (`gather`)"
+STACK = "it is a stack of tensors"
 BETWEEN_ACTIVATIONS = "it pairs two activations (attention scores?)"
 
 
@@ -174,7 +178,7 @@ def _convolution(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[
             mark(axis, "it passes through a grouped convolution")
     for axes, tensor in ((space, image), (window, kernel), (out_space, out)):
         for d in axes:
-            mark(tensor[d], "it is a spatial axis of a convolution")
+            mark(tensor[d], PIXELS)
     return outs
 
 
@@ -294,23 +298,23 @@ def _gather(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[
         kept.add(d)
     for d, axis in enumerate(table):
         if d not in kept:
-            mark(axis, "it is indexed (`gather`)")
+            mark(axis, INDEXED)
     return outs
 
 
 def _scan_in(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
-    mark(ins[0][0], "it counts the steps of a scan")
+    mark(ins[0][0], STEPS)
     return [ins[0][1:]]
 
 
 def _scan_out(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
-    mark(outs[0][0], "it counts the steps of a scan")
+    mark(outs[0][0], STEPS)
     return [[outs[0][0], *ins[0]]]
 
 
 def _stack(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
     new = op.params["axis"] % len(outs[0])
-    mark(outs[0][new], "it is a stack of tensors")
+    mark(outs[0][new], STACK)
     for tensor in ins:
         for x, y in zip(ins[0], tensor):
             unify(x, y)

@@ -14,10 +14,11 @@ import numpy as np
 
 from tinyjax.atoms import Atom
 from tinyjax.axes import Axes
+from tinyjax.census import Census, Missed
 from tinyjax.dimensions import Dimensions, kernel_atoms
-from tinyjax.judging import judge
+from tinyjax.judging import describe, judge
 from tinyjax.layout import Params
-from tinyjax.path import Path
+from tinyjax.path import Path, Verdict
 from tinyjax.site import Kernel, Site, Sites
 from tinyjax.slots import require_growable
 from tinyjax.trace import Graph, Trace, flatten, trace
@@ -81,8 +82,11 @@ def discover(traced: Trace) -> Discovery:
     _refuse_integer_kernels(graph, uses, names)
     model = Dimensions(graph, axes, wiring, names, uses, obstructed)
     hidden = [dimension for dimension in model.leaves if model.is_hidden(dimension)]
-    judged = [judge(model, dimension) for dimension in sorted(hidden, key=model.first_op)]
-    found = _named(model, [*judged, *_single(model), *_unseen(model, hidden)])
+    census = Census(model, hidden)
+    judged = [(model.first_op(dimension), judge(model, dimension)) for dimension in hidden]
+    judged += [(model.order[missed.op], (_missed(model, missed), ())) for missed in census.missed]
+    judged.sort(key=lambda one: one[0])
+    found = _named(model, [*(one for _, one in judged), *_single(model), *_unseen(model, hidden, census.unseen)])
     return Discovery(Sites(site for site, _ in found), {s.name: p for s, p in found if s.growable}, graph, axes)
 
 
@@ -137,16 +141,24 @@ def _short_name(model: Dimensions, leaf: str) -> str:
     parent = leaf.rpartition("/")[0]
     siblings = [m for m in model.matrices if m.removesuffix("/value").rpartition("/")[0] == parent]
     short = parent if parent not in ("", "params") and len(siblings) <= 1 else leaf
-    return short.removeprefix("params/")
+    return short.removeprefix("params/") or "params"  # a single array has no path
 
 
-def _unseen(model: Dimensions, dimensions: Sequence[Atom]) -> list[tuple[Site, tuple[Path, ...]]]:
-    """Matrices that no use and no listed dimension accounts for."""
+def _missed(model: Dimensions, missed: Missed) -> Site:
+    """The site of a dimension that only the census found, named after the leaf behind it."""
+    name = "" if missed.dimension in model.leaves else _short_name(model, model.names[missed.leaf])
+    return describe(model, missed.dimension, Verdict(missed.reason.replace("``", "`params`")), name)
+
+
+def _unseen(
+    model: Dimensions, dimensions: Sequence[Atom], leaves: Sequence[int]
+) -> list[tuple[Site, tuple[Path, ...]]]:
+    """Matrices among leaves that never meet an activation, as far as can be seen."""
     listed = {leaf for d in dimensions for leaf, _ in model.leaves[d]}
     unseen = []
-    for leaf, value in enumerate(model.graph.params):
-        wide = [n for n in value.shape[model.depth(leaf) :] if n > 1]
-        if leaf in listed or model.names[leaf] in model.matrices or len(wide) < 2 or model.is_shift(leaf):
+    for leaf in leaves:
+        wide = [n for n in model.graph.params[leaf].shape[model.depth(leaf) :] if n > 1]
+        if leaf in listed or model.names[leaf] in model.matrices or len(wide) < 2:
             continue
         why = f"`{model.names[leaf]}` never reaches a matrix product that can be seen{model.first_user(leaf)}"
         unseen.append((Site(_short_name(model, model.names[leaf]), wide[-1], False, why, (), (), ()), ()))

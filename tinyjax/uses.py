@@ -256,16 +256,20 @@ def _bias(
 
 
 def _obstruction(wiring: Wiring, names: tuple[str, ...], value: Value) -> str:
-    """Which matrix leaf a parameter-only operand comes from, and the first operation that is not a view; "" if none."""
-    seen, queue = set(), [value]
+    """Which leaf a parameter-only operand comes from, and the first operation that is not a view; "" if none.
+
+    A matrix is named rather than a vector that scales it; a flat vector of parameters is all there is.
+    """
+    seen, queue, found = set(), [value], []
     while queue:
         v = queue.pop()
         op = wiring.made_by.get(v)
         if op is None or v in seen:
             continue
         seen.add(v)
-        for source in op.ins:
-            if source in wiring.views and len(source.shape) > 1:
-                return f"`{names[wiring.views[source].leaf]}` reaches the matrix product through `{op.name}`"
+        found += [(source, op) for source in op.ins if source in wiring.views and source.shape]
         queue += op.ins
-    return ""
+    source, op = next((one for one in found if len(one[0].shape) > 1), found[0] if found else (None, None))
+    if source is None or op is None:
+        return ""
+    return f"`{names[wiring.views[source].leaf]}` reaches the matrix product through `{op.name}`"
