@@ -143,10 +143,10 @@ refuse("two_tensors", lambda p, b: (lambda a: jnp.tanh(a) @ p["u"] + jnp.sin(a) 
        "different tensors", draw(v=(4, 3)))  # fmt: skip
 refuse("two_row_orders", lambda p, b: (lambda h: h @ p["u"] + h.swapaxes(0, 1) @ p["v"])(hidden(p, b["x"])),
        "told apart", draw(v=(4, 3)), x4)  # fmt: skip
-refuse("tied", lambda p, b: hidden(p, b["x"]) @ p["w"].T, "tied")
+refuse("tied", lambda p, b: hidden(p, b["x"]) @ p["w"].T, "`w` both writes and reads it")
 refuse("recurrence", lambda p, b: jax.lax.scan(
     lambda s, x: ((h := s / 2 + jnp.tanh(x @ p["w"] + s @ p["r"])), h @ p["u"]), jnp.zeros((6, 4)),
-    b["x"].swapaxes(0, 1))[1], "a residual state", draw(r=(4, 4)))  # fmt: skip
+    b["x"].swapaxes(0, 1))[1], "meet another tensor in `add`", draw(r=(4, 4)))  # fmt: skip
 refuse("gated_recurrence", lambda p, b: jax.lax.scan(
     lambda s, x: ((h := jnp.tanh(x @ p["w"] + s @ p["r"]) * jnp.tanh(x @ p["w"] + s @ p["t"])), h @ p["u"]),
     jnp.zeros((6, 4)), b["x"].swapaxes(0, 1))[1], "2 kernels write and read", draw(r=(4, 4), t=(4, 4)))  # fmt: skip
@@ -177,12 +177,19 @@ on_stream("stream_dropout", lambda s, p, b: head(p, s + block(p, s) * jax.random
           "random numbers", batch=keyed)  # fmt: skip
 on_stream("stream_relu", lambda s, p, b: head(p, jax.nn.relu(s + block(p, s))), "lies on it")
 on_stream("stream_norm_on_it", lambda s, p, b: head(p, rms(s) + block(p, s)), "a norm on the stream itself")
-on_stream("stream_flatten", lambda s, p, b: (s + block(p, s)).reshape(6, -1) @ p["u"], "a flatten?", draw(u=(16, 3)))
+on_stream(
+    "stream_flatten", lambda s, p, b: (s + block(p, s)).reshape(6, -1) @ p["u"], "more than once", draw(u=(16, 3))
+)
 on_stream("stream_scan", lambda s, p, b: head(p, jax.lax.scan(
     lambda s, q: (s + jnp.tanh(s @ q[0]) @ q[1], None), s, (p["r"], p["t"]))[0]), "is used in a scan",
     draw(r=(2, 4, 3), t=(2, 3, 4)))  # fmt: skip
 on_stream("stream_shared_block", lambda s, p, b: head(p, (s := s + block(p, s)) + block(p, s)), "used more than once")
-on_stream("stream_linear_block", lambda s, p, b: head(p, s + s @ p["q"]), "a residual state?", draw(q=(4, 4)))
+on_stream(
+    "stream_linear_block",
+    lambda s, p, b: head(p, s + s @ p["q"]),
+    "`q` both reads and writes it, and its states meet another tensor in `add`",
+    draw(q=(4, 4)),
+)
 on_stream("stream_tied", lambda s, p, b: (e := p["e"][b["y"]]) @ p["q"] + block(p, e) @ p["e"].T,
           {"t": "tied embeddings"}, draw(e=(7, 4), q=(4, 7)), labelled(6, 5))  # fmt: skip
 on_stream("stream_other_divisor", lambda s, p, b: head(p, s + block(p, rms(s, 3))), "another number than its width")

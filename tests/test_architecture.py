@@ -16,7 +16,7 @@ LEVELS = [
     ["uses", "meetings", "observed", "separable", "averaging", "optimizer", "patches", "twins", "scaling"],
     ["capture", "flow", "geometry", "activation", "rowsums"],
     ["norms", "dimensions", "rowweights", "gating", "tangent", "along"],
-    ["scorelayout", "census"],
+    ["scorelayout", "census", "mixing"],
     ["bilinear", "states", "stream"],
     ["attention", "recurrence"],
     ["path", "attending", "scores", "writers"],

@@ -199,7 +199,7 @@ CASES = {
             "no site `w`; its sites are `w_`"),
         Case("the site at another capacity", lambda g: tinyjax.estimate(
             loss_fn, tinyjax.resize(g.params, g.sites, {"w": 9})[0], g.batch, g.site), "Use the sites that `resize` returned"),
-        Case("a residual stream read through a layer norm", lambda g: estimated(g, norm=centred), r"a layer norm\?"),
+        Case("a residual stream read through a layer norm", lambda g: estimated(g, norm=centred), r"a layer norm"),
         Case("a residual stream with dropout on it", lambda g: estimated(g, norm=halved), "random numbers are drawn along it"),
         Case("a residual stream with an activation on it", lambda g: estimated(g, last=jax.nn.relu), "lies on it: a stream is linear"),
         Case("a site that cannot grow", lambda g: tinyjax.estimate(sigmoid_loss, g.params, g.batch, refused(g)),

@@ -92,7 +92,7 @@ def miscounted(h):
 
 REFUSED = {
     "group_norm": (lambda h: nn.tanh(nn.GroupNorm(2)(h)), "summary of themselves"),
-    "instance_norm": (lambda h: nn.tanh(nn.InstanceNorm()(h)), "instance"),
+    "instance_norm": (lambda h: nn.tanh(nn.InstanceNorm()(h)), "a part of its rows"),
     "layer_norm": (lambda h: nn.tanh(nn.LayerNorm()(h)), "mixed by `reduce_sum`"),
     "layer_norm_all": (lambda h: nn.tanh(nn.LayerNorm(reduction_axes=(1, 2, 3))(h)), "layer"),
     "rms_norm": (lambda h: nn.tanh(nn.RMSNorm()(h)), ""),
@@ -104,8 +104,8 @@ REFUSED = {
     "batch_statistics_alone": (lambda h: (h - h.mean((0, 1, 2))) / (h.std((0, 1, 2)) + 1e-5), "one scale"),
     "batch_norm_twice": (lambda h: nn.BatchNorm(True)(nn.tanh(nn.BatchNorm(True)(h))), ""),
     "squeeze_excite": (squeeze_excite, "read different tensors"),
-    "dropout": (lambda h: h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape), "dropout"),
-    "drop_channels": (lambda h: h * jax.random.bernoulli(jax.random.key(0), 0.5, (4,)), "dropout"),
+    "dropout": (lambda h: h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape), "random numbers"),
+    "drop_channels": (lambda h: h * jax.random.bernoulli(jax.random.key(0), 0.5, (4,)), "random numbers"),
     "upsampled": (lambda h: jnp.repeat(h, 2, axis=1), "other pixels"),
     "resized": (lambda h: jax.image.resize(h, (5, 8, 8, 4), "nearest"), "mixed by"),
     "rolled": (lambda h: jnp.roll(h, 1, axis=1), "mixed by"),

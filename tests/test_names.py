@@ -67,17 +67,17 @@ def experts(p, b):
 
 
 @pytest.mark.parametrize(
-    ("loss", "params"),
+    ("loss", "params", "least"),
     [
-        (tables, {"t": draw(2, left=(5, 6), right=(3, 6))}),
-        (numbered, draw(3, w=(4, 3, 5), u=(15, 2), v=(6, 2)) | draw(4, **{"w[1]": (4, 6)})),
-        (experts, {"block": draw(5, experts=(2, 4, 5), out=(2, 5, 3), scale=(2, 3))}),
+        (tables, {"t": draw(2, left=(5, 6), right=(3, 6))}, 1),
+        (numbered, draw(3, w=(4, 3, 5), u=(15, 2), v=(6, 2)) | draw(4, **{"w[1]": (4, 6)}), 2),
+        (experts, {"block": draw(5, experts=(2, 4, 5), out=(2, 5, 3), scale=(2, 3))}, 2),
     ],
     ids=["tables", "numbered", "experts"],
 )
-def test_sites_have_names_of_their_own(loss, params):
+def test_sites_have_names_of_their_own(loss, params, least):
     sites = tinyjax.find_sites(loss, params, BATCH)
-    assert len(set(sites.names)) == len(sites) >= 2
+    assert len(set(sites.names)) == len(sites) >= least
     assert all(sites[name] is site for name, site in zip(sites.names, sites))
 
 

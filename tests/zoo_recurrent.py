@@ -244,8 +244,8 @@ def handed_on(p: Any, x: Any) -> Any:
 
 
 refused("gru", last(gru), "gated cells cannot grow", "wz", wz=(3, 4), uz=(4, 4))
-refused("leaky", last(lambda p, h, x: 0.5 * h + 0.5 * cell(p, h, x)), "residual state")
-refused("residual", last(lambda p, h, x: h + cell(p, h, x)), "residual state")
+refused("leaky", last(lambda p, h, x: 0.5 * h + 0.5 * cell(p, h, x)), "meet another tensor in `add`")
+refused("residual", last(lambda p, h, x: h + cell(p, h, x)), "meet another tensor in `add`")
 refused("masked", last(masked), "a mask")
 refused("sigmoid", last(lambda p, h, x: jax.nn.sigmoid(x @ p["w"] + h @ p["u"])), "maps 0 to 0.5")
 refused("mean_over_time", lambda p, x: scanned(p, x)[1].mean(0) @ p["v"], "mixed by `reduce_sum`")

@@ -24,6 +24,7 @@ from tinyjax.wiring import is_view
 
 _CUTS = frozenset("split stack slice dynamic_slice gather concatenate complex rev".split())
 _TURNS = frozenset("mul add add_any sub neg convert_element_type broadcast_in_dim real imag conj pad".split())
+_JOINS = frozenset("concatenate stack complex add add_any sub".split())
 _BENDS = frozenset("exp exp2 logistic".split())
 
 
@@ -94,16 +95,32 @@ def is_shared(model: Dimensions, dimension: Atom) -> bool:
 def is_turned(model: Dimensions, producers: Sequence[Use]) -> bool:
     """Whether a product reaches scores through a cut and a join of its axes, as rotary embeddings do."""
     for use in producers:
-        reached: dict[Value, bool] = dict.fromkeys(use.op.outs, False)
+        reached = dict.fromkeys(use.op.outs, frozenset[str]())
         for op in model.graph.ops[model.order[use.op] + 1 :]:
             hit = [reached[v] for v in op.ins if v in reached]
             if not hit:
                 continue
+            done = frozenset[str]().union(*hit)
             if op.name in _CUTS | _TURNS or is_view(op):
-                reached.update(dict.fromkeys(op.outs, any(hit) or op.name in _CUTS))
-            elif op.name == "dot_general" and any(hit) and not any(model.axes.parameter_only(v) for v in op.ins):
-                return True
+                reached.update(dict.fromkeys(op.outs, done | _done_by(model, op, len(hit), done)))
+            elif op.name == "dot_general" and done == {"cut", "joined", "turned"}:
+                return not any(model.axes.parameter_only(v) for v in op.ins)
     return False
+
+
+def _done_by(model: Dimensions, op: Op, inside: int, done: frozenset[str]) -> frozenset[str]:
+    """What an operation adds to a rotation: halves or pairs are cut, multiplied by angles and joined again."""
+    if op.name in ("mul", "complex") and inside < len(op.ins):
+        angles = [v for v in op.ins if v.shape and model.wiring.scalar(v) is None and not _is_learned(model, v)]
+        return frozenset({"turned"} if angles else ())
+    if inside > 1 and done and op.name in _JOINS:
+        return frozenset({"joined"})
+    return frozenset({"cut"} if op.name in _CUTS - {"concatenate", "stack", "complex"} else ())
+
+
+def _is_learned(model: Dimensions, value: Value) -> bool:
+    """Whether a value is a view or a broadcast of parameters."""
+    return model.wiring.vector(value) is not None
 
 
 def find_scores(model: Dimensions, dimension: Atom) -> tuple[Op, Atom]:

@@ -103,7 +103,7 @@ class Axes:
         self._power.update(dict.fromkeys(op.outs, _vanishing(op, powers)))
         if op.name in REDUCTIONS and powers[0] < 2 and op.outs[0] in self._needed:
             for axis in op.params["axes"]:
-                mark(ins[0][axis], "a function of the parameters in the loss pulls at its empty slots (an L1 penalty?)")
+                mark(ins[0][axis], "a function of the parameters in the loss pulls at its empty slots")
 
 
 def _through(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:

@@ -17,7 +17,8 @@ from tinyjax.dimensions import Dimensions
 from tinyjax.flow import Flow
 from tinyjax.geometry import Unaligned
 from tinyjax.layout import Layout
-from tinyjax.rules import contraction, has_views
+from tinyjax.mixing import is_norm
+from tinyjax.rules import BETWEEN_ACTIVATIONS, contraction, has_views
 from tinyjax.scorelayout import HEAD, QUERY_HEAD, SAMPLE, TOKEN, Attention, ScoreLayouts
 from tinyjax.tangent import Tangent, slot_path
 from tinyjax.trace import VIEWS, Op
@@ -28,11 +29,11 @@ _LAYOUT = VIEWS | {"broadcast_in_dim"}
 
 
 ROTARY = (
-    "between queries or keys and their scores (a rotary embedding, whose angles follow from the dimension? The values "
+    "between queries or keys and their scores (a rotary embedding, whose angles follow from the dimension; the values "
     "can grow)"
 )
 NORMED = (
-    "between queries or keys and their scores (a norm of them, which would count empty dimensions? The values can grow)"
+    "between queries or keys and their scores (a norm of them, which would count empty dimensions; the values can grow)"
 )
 
 
@@ -76,6 +77,17 @@ def score_op(model: Dimensions, dimension: Atom) -> Op | None:
     return op if all(side == [dimension] for side in summed) else None
 
 
+def attends(model: Dimensions, scores: Op) -> bool:
+    """Whether scores become weights of other activations, as in attention."""
+    reached = set(scores.outs)
+    for op in model.graph.ops[model.order[scores] + 1 :]:
+        if any(v in reached for v in op.ins):
+            if op.name == "dot_general" and not any(model.axes.parameter_only(v) for v in op.ins):
+                return True
+            reached.update(op.outs)
+    return False
+
+
 def find_pair(
     model: Dimensions, op: Op, producers: Sequence[Use], dimension: Atom
 ) -> tuple[Use, Use, Pair, dict[int, str], set[Op]]:
@@ -93,9 +105,9 @@ def find_pair(
     sides = [next((i for i, v in enumerate(op.ins) if v in flow.mixing), None) for flow in flows]
     if sorted(map(str, sides)) != ["0", "1"] or op.inside:
         raise Unaligned("its scores are not the product of one query and one key")
-    marks = [why for why in dimension.marks if "pairs two activations" not in why]
+    marks = [why for why in dimension.marks if why != BETWEEN_ACTIVATIONS]
     if marks:
-        raise Unaligned(f"{marks[0]}; {NORMED}" if "are mixed by" in marks[0] else marks[0])
+        raise Unaligned(f"{marks[0]}; {NORMED}" if is_norm(model, dimension) else marks[0])
     heads = [_columns(use, dimension) for use in producers]
     # the side with more heads are the queries; of equals, the first
     order = (0, 1) if len(heads[0]) >= len(heads[1]) else (1, 0)
@@ -143,7 +155,7 @@ def find_pair(
     for leaf, found in met.items():
         if len(found) > 1 or found[0].op.name not in ("add", "add_any") or found[0].through - _LAYOUT:
             acts = f"`{model.names[leaf]}` acts on queries or keys by `{found[0].op.name}`"
-            raise Unaligned(f"{acts} (a norm of them?)")
+            raise Unaligned(f"{acts}")
 
     attention = layouts.attention()
     scores = dataclasses.replace(

@@ -159,7 +159,7 @@ class Flow:
                 differing = []
             weights = [weight for i in differing if (weight := self._weight(op, i)) is not None]
             if len(weights) < len(differing):
-                mixed = mixed or f"its rows are weighted one by one in `{op.name}` (a mask or a gate?)"
+                mixed = mixed or f"its rows are weighted one by one in `{op.name}`"
             return mixed or self._modulated_by(op), tuple(weights)
         if self._pools(op):
             return reasons[0], ()

@@ -60,7 +60,7 @@ def pair_up(
         meetings = {second: _meeting(graph, flows[first], flows[second]) for second in left}
         partners = [second for second, op in meetings.items() if op is not None]
         if len(partners) != 1 or producers[first].leaf == producers[partners[0]].leaf:
-            raise Ungated("2 producers (a residual stream or a gated unit)")
+            raise Ungated("2 producers, which do not meet pair by pair")
         (second,) = partners
         left.remove(second)
         pairs.append(_ordered(graph, wiring, meetings[second], *((producers[i], flows[i]) for i in (first, second))))
@@ -85,14 +85,14 @@ def _ordered(
     """Which of two products is the gate of the other."""
     assert op is not None
     if op.name != "mul":
-        raise Ungated(f"2 producers, which meet in `{op.name}` (a residual stream?)")
+        raise Ungated(f"2 producers, which meet in `{op.name}`")
     sides = []
     for use, flow in (one, other):
         (value,) = (v for v in op.ins if v in flow.mixing)
         if flow.mixing[value] != ROW_BY_ROW:
-            raise Ungated(f"2 producers (a gated unit?); of `{use.leaf}`: {flow.mixing[value]}")
+            raise Ungated(f"2 producers of a gated unit; of `{use.leaf}`: {flow.mixing[value]}")
         if flow.pools[value] or flow.weights[value] or flow.modulated or flow.counted:
-            raise Ungated(f"2 producers (a gated unit?), and more than an activation behind `{use.leaf}`")
+            raise Ungated(f"2 producers of a gated unit, and more than an activation behind `{use.leaf}`")
         silent = (empty := flow.empty.get(value)) is not None and float(empty) == 0
         sides.append(((not silent, flow.degree.get(value) != 1), use, flow, value))
     if all(side[0][0] for side in sides):
@@ -102,7 +102,7 @@ def _ordered(
     try:
         activation = activation_between(wiring, gate, value)
     except NotElementwise as reason:
-        raise Ungated(f"2 producers (a gated unit whose gate {reason}?)") from None
+        raise Ungated(f"2 producers of a gated unit, whose gate {reason}") from None
     return up, Gate(gate, flow, value, activation)
 
 
@@ -111,4 +111,4 @@ def _require_single_meeting(graph: Graph, meeting: Op, a: Flow, b: Flow) -> None
     for op in graph.ops:
         one_sided = any((v in a.mixing) != (v in b.mixing) for v in op.ins)
         if one_sided and op is not meeting and any(v in a.mixing and v in b.mixing for v in op.outs):
-            raise Ungated(f"2 producers, which meet again in `{op.name}` (a highway?)")
+            raise Ungated(f"2 producers, which meet again in `{op.name}`")

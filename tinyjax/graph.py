@@ -58,6 +58,7 @@ class Op:
         inside: opaque calls around it (`cond`, `custom_vjp_call`, ...), through which nothing can be probed.
         chosen_by: of a `cond_out`, what decides between its operands.
         twins: paths of the same operation on the same values elsewhere in the trace, which the graph leaves out.
+        derived: whether it belongs to a derivative that the loss itself takes (`jax.grad`, `jax.jvp` inside it).
     """
 
     name: str
@@ -69,6 +70,7 @@ class Op:
     inside: tuple[str, ...] = ()
     chosen_by: tuple[Value, ...] = ()
     twins: tuple[tuple[int, ...], ...] = ()
+    derived: bool = False
 
     @property
     def stack(self) -> tuple[int, ...]:

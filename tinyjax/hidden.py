@@ -16,7 +16,7 @@ from tinyjax.path import Path, Verdict, readers
 from tinyjax.rowweights import lay_out_weight
 from tinyjax.rules import BETWEEN_ACTIVATIONS, INPUT, SAMPLES, SHARED_HEADS
 from tinyjax.tangent import find_tangent
-from tinyjax.trace import Value
+from tinyjax.trace import VIEWS, Value
 from tinyjax.uses import Use, aligned
 
 
@@ -24,14 +24,16 @@ def static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use], 
     """Why the dimension cannot grow, as far as the shapes of its kernels tell."""
     if dimension in model.obstructed:
         return model.obstructed[dimension]
+    if not producers:
+        return unwritten(model, dimension, consumers)
     if BETWEEN_ACTIVATIONS in dimension.marks:
         return SHARED_HEADS if is_shared(model, dimension) else BETWEEN_ACTIVATIONS
     written, read = list(dict.fromkeys(u.leaf for u in producers)), list(dict.fromkeys(u.leaf for u in consumers))
     both = [leaf for leaf in written if leaf in read]
     if both:
-        return f"`{both[0]}` both writes and reads it (tied weights): a fan-out would have to be its own fan-in"
-    if len(written) not in (1, 2):
-        return f"{len(written)} producers" + (" (a residual stream?)" if written else " (an embedding?)")
+        return f"`{both[0]}` both writes and reads it: a fan-out would have to be its own fan-in"
+    if len(written) > 2:
+        return f"{len(written)} producers, more than a hidden layer has"
     for use in (*producers, *consumers):
         if use.trouble:
             return use.trouble
@@ -42,6 +44,18 @@ def static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use], 
     if twice is not None:
         return f"it runs twice through `{model.names[twice]}`"
     return ""
+
+
+def unwritten(model: Dimensions, dimension: Atom, consumers: Sequence[Use]) -> str:
+    """Where a dimension that no product writes comes from."""
+    reading = {use.op for use in consumers}
+    for leaf, _ in model.leaves[dimension]:
+        for op, through in model.entries.get(leaf, ()):
+            if op not in reading or through:
+                how = ", ".join(f"`{name}`" for name in sorted({*(through - VIEWS), op.name}))
+                what = " (an embedding)" if op.name == "gather" else ""
+                return f"no matrix product with a parameter writes it: `{model.names[leaf]}` enters through {how}{what}"
+    return "no matrix product with a parameter writes it"
 
 
 def find_layer(model: Dimensions, dimension: Atom, producers: Sequence[Use], consumers: Sequence[Use]) -> Verdict:
@@ -82,7 +96,7 @@ def find_layer(model: Dimensions, dimension: Atom, producers: Sequence[Use], con
         if norm is not None and (len(producers) > 1 or producer.op.stack):
             reason = "a batch normalisation inside a scan, behind a gate or a kernel that is used more than once"
         if norm is not None and mine and flow.weights[mine[0].input_value]:
-            reason = "its rows are weighted one by one (a mask or a gate?) before or after a batch normalisation"
+            reason = "its rows are weighted one by one before or after a batch normalisation"
         if reason:
             return Verdict(reason)
         norms.append(norm)
@@ -99,7 +113,7 @@ def find_layer(model: Dimensions, dimension: Atom, producers: Sequence[Use], con
             if op not in accounted:
                 return Verdict(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
         if model.names[leaf] not in {u.leaf for u in kernels} and found.get(leaf) not in known:
-            return Verdict(f"`{model.names[leaf]}` is neither a plain shift nor a plain scale (a normalisation?)")
+            return Verdict(f"`{model.names[leaf]}` is neither a plain shift nor a plain scale")
     return Verdict("", tuple(paths), [path.producer for path in paths], readers(paths), found, norms[0])
 
 
@@ -126,13 +140,13 @@ def _path(
     read = consumers[0].input_value
     if flow.mixing[read] != ROW_BY_ROW or len(producer.kernel.cols) != 1:
         if gate is not None:
-            raise Unaligned(flow.mixing[read] or f"`{producer.leaf}` produces it together with another axis (heads?)")
+            raise Unaligned(flow.mixing[read] or f"`{producer.leaf}` produces it together with another axis")
         return _mixed_path(model, producer, consumers, flow, dimension)
     pools, weights = flow.pools[read], flow.weights[read]
     if is_rowwise(producer, consumers, pools):
         for use in consumers:
             if len([f for f in use.inputs.cols if use.input_atoms[f] is not None]) > 1:
-                raise Unaligned(f"`{use.leaf}` reads every neuron more than once (a repeat?)")
+                raise Unaligned(f"`{use.leaf}` reads every neuron more than once")
         order = [*model.axes.sample_atoms(), *(a for a in producer.rows if a is not None)]
         producer = aligned(producer, order)
         laid = tuple(lay_out_weight(model.axes, weight, producer) for weight in weights)

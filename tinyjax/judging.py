@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from tinyjax.atoms import Atom
 from tinyjax.attention import counts_heads, is_turned
-from tinyjax.bilinear import NORMED, ROTARY, score_op
+from tinyjax.bilinear import NORMED, ROTARY, attends, score_op
 from tinyjax.dimensions import Dimensions
 from tinyjax.hidden import find_layer, static_reason
 from tinyjax.kinds import (
@@ -18,6 +18,7 @@ from tinyjax.kinds import (
     recurs,
 )
 from tinyjax.layout import Layout
+from tinyjax.mixing import name_mixing
 from tinyjax.path import Path, Verdict
 from tinyjax.site import Kernel, Member, Site
 from tinyjax.trace import MATMULS
@@ -33,13 +34,16 @@ def judge(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
     if whole_heads and dimension not in model.obstructed:
         verdict = find_whole_heads(model, dimension)
     elif scores is not None and not consumers and dimension not in model.obstructed:
-        verdict = find_query_key(model, scores, producers, dimension)
+        paired = find_query_key(model, scores, producers, dimension)
+        verdict = verdict if paired.reason and not attends(model, scores) else paired
     elif recurs(model, dimension, producers, consumers):
         verdict = find_recurrent_units(model, dimension, producers, consumers)
     elif not verdict.reason:
         verdict = find_layer(model, dimension, producers, consumers)
     if verdict.reason and may_be_stream(model, dimension, consumers):
-        verdict = find_residual_stream(model, dimension, verdict.reason)
+        verdict = find_residual_stream(model, dimension, consumers, verdict.reason)
+    if verdict.reason:
+        verdict = verdict._replace(reason=_named(model, dimension, verdict.reason, [*producers, *consumers]))
     if verdict.reason and NORMED not in verdict.reason and is_turned(model, producers):
         verdict = verdict._replace(reason=f"{verdict.reason}; {ROTARY}")
     name = _heads_name([use.leaf for use in (*producers, *consumers)]) if whole_heads else ""
@@ -76,6 +80,18 @@ def describe(model: Dimensions, dimension: Atom, verdict: Verdict, name: str = "
         pattern=_kernels(model, pattern, dimension, "cols"),
         stream=verdict.stream,
     )
+
+
+def _named(model: Dimensions, dimension: Atom, reason: str, uses: Sequence[Use]) -> str:
+    """The reason with the name of the pattern it is about, where that pattern is found."""
+    derived = next((use.leaf for use in uses if use.op.derived), None)
+    if derived is not None:
+        return (
+            f"the loss differentiates the network (`jax.grad`, `jax.jvp`): `{derived}` is in the derivative too, and "
+            "neurons are computed for products of the network alone"
+        )
+    pattern = name_mixing(model, dimension) if reason in dimension.marks and "are mixed by" in reason else ""
+    return f"{reason} ({pattern})" if pattern else reason
 
 
 def _heads_name(leaves: Sequence[str]) -> str:

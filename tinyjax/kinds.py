@@ -11,7 +11,7 @@ from tinyjax.hidden import find_layer, static_reason
 from tinyjax.path import Path, Verdict, readers
 from tinyjax.recurrence import find_recurrence
 from tinyjax.rules import BETWEEN_ACTIVATIONS, contraction
-from tinyjax.stream import find_stream, num_writers
+from tinyjax.stream import find_stream, is_summed, num_writers
 from tinyjax.tangent import heads_as_layers, heads_first
 from tinyjax.trace import Op
 from tinyjax.uses import Use, aligned
@@ -31,7 +31,7 @@ def find_recurrent_units(
     try:
         found = find_recurrence(model, dimension, producers, consumers)
     except Unaligned as unaligned:
-        return Verdict(f"it recurs, and {unaligned}")
+        return Verdict(f"{_how_it_recurs(model, producers, consumers)}, and {unaligned}")
     for leaf, _ in model.leaves[dimension]:
         for op, _ in model.entries.get(leaf, ()):
             if op not in found.seen:
@@ -40,6 +40,13 @@ def find_recurrent_units(
     leaves = list(dict.fromkeys(use.leaf for use in producers))
     terms = [use for cell, _ in found.cells for use in cell.terms.values()]
     return Verdict("", paths, sorted(terms, key=lambda use: leaves.index(use.leaf)), readers(paths), found.found)
+
+
+def _how_it_recurs(model: Dimensions, producers: Sequence[Use], consumers: Sequence[Use]) -> str:
+    """A recurrence takes several steps; a kernel that reads and writes once may be all of a residual block."""
+    both = [use.leaf for use in producers if any(use.leaf == other.leaf for other in consumers)]
+    steps = any(use.op.scans for use in (*producers, *consumers)) or len(set(both)) < len(both)
+    return "it recurs" if steps else f"`{both[0]}` both reads and writes it"
 
 
 def may_be_stream(model: Dimensions, dimension: Atom, consumers: Sequence[Use]) -> bool:
@@ -54,16 +61,20 @@ def may_be_stream(model: Dimensions, dimension: Atom, consumers: Sequence[Use]) 
     return written > 1 or embedding or len({model.wiring.origin(use.input_value) for use in consumers}) > 1
 
 
-def find_residual_stream(model: Dimensions, dimension: Atom, reason: str) -> Verdict:
+def find_residual_stream(model: Dimensions, dimension: Atom, consumers: Sequence[Use], reason: str) -> Verdict:
     """The paths of a residual stream, one for each tensor that is read, or why it cannot grow."""
     try:
         found = find_stream(model, dimension)
     except Unaligned as unaligned:
         count = num_writers(model, dimension)
-        plain = count < 2 or "highway" in reason or ("gate" in reason and "residual stream" not in reason)
+        if "tied embeddings" in str(unaligned) and "its consumers" in reason:  # each reads what another writes
+            return Verdict(str(unaligned))
+        plain = (
+            count < 2 or not consumers or not is_summed(model, dimension) or "meet again" in reason or "gate" in reason
+        )
         # Streams of images never grow: what else is wrong with one says more.
         plain |= "producers" not in reason and any(use.window for use in model.producing.get(dimension, []))
-        return Verdict(reason if plain else f"{count} producers (a residual stream?): {unaligned}")
+        return Verdict(reason if plain else f"{count} producers (a residual stream): {unaligned}")
     pairs = zip(found.branches, found.readers)
     paths = tuple(Path(branches[0].use, group, branches=branches) for branches, group in pairs)
     writers = [branch.use for branch in found.branches[0]]

@@ -42,9 +42,9 @@ def find_norm(
     """The batch normalisation between a product and its consumers, or why what is there cannot be made the identity."""
     uses_running = any(role == "var" and not flow.pools_met(flow.met[leaf][0].op) for leaf, role in found.items())
     if not flow.normalised and not uses_running:
-        return None, "its rows meet a summary of themselves (a centring?)" if flow.modulated else ""
+        return None, "its rows meet a summary of themselves (a centring)" if flow.modulated else ""
     if any(summary != capacity for summary in flow.summaries):
-        return None, "it is normalised over a part of its rows (an instance or layer norm?)"
+        return None, "it is normalised over a part of its rows"
     if len(flow.normalised) > 1 or (flow.normalised and uses_running):
         return None, "it is normalised more than once"
     leaf_of = {

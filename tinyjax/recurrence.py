@@ -73,7 +73,7 @@ def find_recurrence(
         _require_plain(use, dimension)
     both = {use.leaf for use in producers} & {use.leaf for use in consumers}
     if len(both) > 1:
-        raise Unaligned(f"{len(both)} kernels write and read its states (a GRU, an LSTM?): gated cells cannot grow yet")
+        raise Unaligned(f"{len(both)} kernels write and read its states: cells with several cannot grow yet")
     if dimension.marks:
         raise Unaligned(next(iter(dimension.marks)))
     sums = _sums(model, dimension, producers)
@@ -97,7 +97,7 @@ def find_recurrence(
             cells.append((Cell(states.length, terms, tuple(found.steps for found in held.values())), laid))
     for use in consumers:
         if use not in read and model.wiring.scalar(use.input_value) != 0:
-            raise Unaligned(f"`{use.leaf}` reads it where no state is made (an initial state that is not zero?)")
+            raise Unaligned(f"`{use.leaf}` reads it where no state is made")
     seen = {use.op for use in (*producers, *consumers)} | {op for one in sums for op in one.added}
     return Recurrence(tuple(cells), dict.fromkeys(sums[0].shifts, "shift"), seen)
 
@@ -115,7 +115,7 @@ def _require_plain(use: Use, dimension: Atom) -> None:
         for layout, atoms in ((use.inputs, use.input_atoms), (use.outputs, use.output_atoms))
     ]
     if any(dimension in side and side != [dimension] for side in sides):
-        raise Unaligned(f"`{use.leaf}` reads or makes its states together with another axis (heads, or several steps?)")
+        raise Unaligned(f"`{use.leaf}` reads or makes its states together with another axis")
 
 
 def _sums(model: Dimensions, dimension: Atom, producers: Sequence[Use]) -> list[_Sum]:

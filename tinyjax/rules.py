@@ -42,7 +42,7 @@ STEPS = "it counts the steps of a scan"
 PIXELS = "it is a spatial axis of a convolution"
 INDEXED = "it is indexed (`gather`)"
 STACK = "it is a stack of tensors"
-BETWEEN_ACTIVATIONS = "it pairs two activations (attention scores?)"
+BETWEEN_ACTIVATIONS = "it pairs two activations"
 
 
 class Contraction(NamedTuple):
@@ -99,7 +99,7 @@ def _many_elementwise(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> 
 
 def _random(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
     shared = num_keyed(op)
-    why = "random numbers are drawn along it (dropout?): a wider layer would draw others"
+    why = "random numbers are drawn along it: a wider layer would draw others"
     _mark_all([out[shared:] for out in outs], why)
     return [[*ins[0][:shared], *out[shared:]] for out in outs]
 
@@ -145,7 +145,7 @@ def _squeeze(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list
 
 def _reduce(op: Op, ins: list[list[Axis]], outs: list[list[Axis]]) -> list[list[Axis]]:
     for axis in op.params["axes"]:
-        mark(ins[0][axis], f"its entries are mixed by `{op.name}` (softmax, layer norm, a mean over it?)")
+        mark(ins[0][axis], f"its entries are mixed by `{op.name}`")
     return reduce_parameters(op, ins, outs)
 
 

@@ -117,7 +117,7 @@ class States:
         first = inside[0]
         numbers = [self.held[v].empty if v in self.held else self._model.wiring.scalar(v) for v in op.ins]
         if len({(held.steps, held.along) for held in inside}) > 1 or any(k is None for k in numbers):
-            raise Unaligned(f"its states meet another tensor in `{op.name}` (a gate, a mask, a residual state?)")
+            raise Unaligned(f"its states meet another tensor in `{op.name}`")
         if is_view(op) or op.name == "broadcast_in_dim":
             self.held[op.outs[0]] = first
             return

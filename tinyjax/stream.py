@@ -16,6 +16,7 @@ from tinyjax.dimensions import Dimensions
 from tinyjax.flow import Flow
 from tinyjax.geometry import Unaligned
 from tinyjax.layout import Layout
+from tinyjax.mixing import is_taken_off
 from tinyjax.norms import roles
 from tinyjax.rules import REDUCTIONS, whole_in_gather
 from tinyjax.site import Stream
@@ -30,7 +31,7 @@ LARGEST = 2**26
 _SQUARES = ("square", "integer_pow", "mul")
 _LINEAR = frozenset("add add_any sub mul div neg broadcast_in_dim reduce_sum slice rev cumsum".split())
 _LAYER_NORM = (
-    "`{op}` over it is no mean square (a layer norm?): a new coordinate would move the mean; centre what is written to "
+    "`{op}` over it is no mean square (a layer norm): a new coordinate would move the mean; centre what is written to "
     "the stream and use an RMS norm, the same function"
 )
 
@@ -73,6 +74,16 @@ class Found(NamedTuple):
     stream: Stream
 
 
+def is_summed(model: Dimensions, dimension: Atom) -> bool:
+    """Whether two tensors of activations are added along a dimension: then a residual stream is what it looks like."""
+    return any(
+        op.name in ("add", "add_any", "sub")
+        and not any(model.axes.parameter_only(v) or v in model.graph.batch for v in op.ins)
+        and all(any(dimension in roots(axis) for axis in model.axes[v]) for v in op.ins)
+        for op in model.graph.ops
+    )
+
+
 def num_writers(model: Dimensions, dimension: Atom) -> int:
     """How many leaves write a dimension: kernels of products, and tables that rows are looked up in."""
     return len({use.leaf for use in (*model.producing.get(dimension, []), *_lookups(model, dimension))})
@@ -99,7 +110,7 @@ def find_stream(model: Dimensions, dimension: Atom) -> Found:
     positions = _added(model, flow, dimension, found, biases)
     _require_accounted(model, flow, dimension, found, (*writers, *consumers))
     writers = sorted([(use, None) for use in writers] + positions, key=lambda one: model.order[one[0].op])
-    groups = _grouped(model, consumers, flow)
+    groups = _grouped(model, consumers, flow, divided is not None)
     if (count := len(groups) * sum(num_inputs(use) for use, _ in writers) ** 2) > LARGEST:
         raise Unaligned(f"the second moments of what its {len(groups)} readers see would hold {count} numbers")
     branches = tuple(
@@ -119,7 +130,8 @@ def _require_plain(writers: Sequence[Use], consumers: Sequence[Use]) -> None:
     written, read = [use.leaf for use in writers], [use.leaf for use in consumers]
     for leaf in written:
         if leaf in read:
-            raise Unaligned(f"`{leaf}` both writes and reads it (tied embeddings?)")
+            table = any(use.leaf == leaf and use.op.name not in MATMULS for use in writers)
+            raise Unaligned(f"`{leaf}` both writes and reads it" + (" (tied embeddings)" if table else ""))
     if not writers or not consumers:
         raise Unaligned(f"no product with a parameter {'reads' if writers else 'writes'} it")
     for use in (*writers, *consumers):
@@ -136,7 +148,7 @@ def _require_plain(writers: Sequence[Use], consumers: Sequence[Use]) -> None:
             raise Unaligned(f"`{use.leaf}` writes it together with another axis")
     for use in consumers:
         if len([f for f in use.inputs.cols if use.input_atoms[f] is not None]) > 1:
-            raise Unaligned(f"`{use.leaf}` reads every coordinate more than once (a flatten?)")
+            raise Unaligned(f"`{use.leaf}` reads every coordinate more than once")
 
 
 def _lookups(model: Dimensions, dimension: Atom) -> list[Use]:
@@ -260,7 +272,8 @@ def _norms(model: Dimensions, flow: Flow, dimension: Atom, consumers: Sequence[U
             else:
                 raise Unaligned(f"its squares go into `{op.name}`, which is no mean over them")
         elif not along and op.name in REDUCTIONS:
-            raise Unaligned(_LAYER_NORM.format(op=op.name))
+            centres = is_taken_off(model.wiring, op)
+            raise Unaligned((_LAYER_NORM if centres else "`{op}` over it is no mean square").format(op=op.name))
         elif not along:
             raise Unaligned(f"`{op.name}` reads it, which is no product with a parameter")
         elif not (is_view(op) or op.name in _LINEAR) or (len(inside) > 1 and op.name in ("mul", "div")):
@@ -330,12 +343,13 @@ def _is_behind_norm(flow: Flow, leaf: int) -> bool:
     return bool(flow.weights[flow.met[leaf][0].op.outs[0]])
 
 
-def _grouped(model: Dimensions, consumers: Sequence[Use], flow: Flow) -> tuple[tuple[Use, ...], ...]:
+def _grouped(model: Dimensions, consumers: Sequence[Use], flow: Flow, normed: bool) -> tuple[tuple[Use, ...], ...]:
     """The readers tensor by tensor, rows in one order."""
     groups: dict[Value, list[Use]] = {}
     for use in sorted(consumers, key=lambda use: model.order[use.op]):
         if flow.mixing.get(use.input_value, "").startswith("its rows are weighted"):
-            raise Unaligned(f"{flow.mixing[use.input_value]} (a norm on the stream itself?)")
+            where = " (a norm on the stream itself)" if normed else ""
+            raise Unaligned(f"{flow.mixing[use.input_value]}{where}")
         if use.input_value not in flow.mixing:
             raise Unaligned(f"`{use.leaf}` reads it from something that no writer writes")
         culprit = flow.culprit.get(use.input_value)

@@ -117,7 +117,7 @@ def slot_path(
     scalars: dict[Value, Any] = {}
     factors: dict[Value, Address] = {}
     for op in ops:
-        _require_slotwise(axes, flow, producer.op, op, kept)
+        _require_slotwise(axes, flow, producer.op, op, kept, dimension)
         if op.name in _SUMS:
             continue
         for i, value in enumerate(op.ins):
@@ -213,7 +213,7 @@ def _between(graph: Graph, flow: Flow, producer: Op, read: Value) -> list[Op]:
     return found[::-1]
 
 
-def _require_slotwise(axes: Axes, flow: Flow, producer: Op, op: Op, kept: set[Atom]) -> None:
+def _require_slotwise(axes: Axes, flow: Flow, producer: Op, op: Op, kept: set[Atom], dimension: Atom) -> None:
     """Raises unless an operation treats slots (and heads) one by one and has a derivative where they are empty."""
     why = f"its rows are mixed by `{op.name}`, which has no derivative at an empty neuron that can be followed"
     if op.eqn is None or op.scans != producer.scans or len(op.outs) != 1:
@@ -225,8 +225,10 @@ def _require_slotwise(axes: Axes, flow: Flow, producer: Op, op: Op, kept: set[At
             continue
         if value not in flow.empty:
             raise Unaligned(why)
-        if any(a in kept for d in _worked_along(op, i) for a in roots(axes[value][d])):
-            raise Unaligned(f"its heads are mixed by `{op.name}`")
+        mixed = [a for d in _worked_along(op, i) for a in roots(axes[value][d]) if a in kept]
+        if mixed:
+            what = "entries" if dimension in mixed else "heads"
+            raise Unaligned(f"its {what} are mixed by `{op.name}`")
 
 
 def _worked_along(op: Op, operand: int) -> tuple[int, ...]:
@@ -258,9 +260,9 @@ def heads_first(use: Use, heads: Sequence[Atom], dimension: Atom, producer: str)
         place = 0 if atom is None else 3 if root(atom) is dimension else 1 if root(atom) in heads else 2
         order[place].append(f)
     if len(order[3]) != 1:
-        raise Unaligned(f"`{use.leaf}` reads every neuron more than once (a repeat?)")
+        raise Unaligned(f"`{use.leaf}` reads every neuron more than once")
     if len(order[1]) != len(heads):
-        raise Unaligned(f"`{producer}` produces it together with another axis (attention heads?)")
+        raise Unaligned(f"`{producer}` produces it together with another axis")
     cols = (*order[0], *order[1], *order[2], *order[3])
     # Rows of the kernel and columns of the input were paired in order: carry the new order over.
     long = [f for f in use.kernel.rows if use.kernel.factors[f] > 1]

@@ -234,6 +234,7 @@ def _inline(
     path: tuple[int, ...],
     scans: tuple[Scan, ...],
     inside: tuple[str, ...],
+    derived: bool = False,
 ) -> list[Value]:
     env: dict[Any, Value] = dict(zip(jaxpr.invars, ins))
     env.update((v, _constant(c)) for v, c in zip(jaxpr.constvars, consts))
@@ -249,11 +250,12 @@ def _inline(
     for i, eqn in enumerate(jaxpr.eqns):
         at, name = (*path, i), eqn.primitive.name
         args = [read(v) for v in eqn.invars]
+        here = derived or "jvp(" in str(eqn.source_info.name_stack)
         if name in JIT and eqn.params.get("name") in OWN:
             outs = [_result(v) for v in eqn.outvars]
             ops.append(Op(eqn.params["name"], tuple(args), tuple(outs), eqn, at, scans, inside))
         elif name in JIT | REMAT | CUSTOM:
-            outs = _inline(ops, *subjaxpr(eqn), args, at, scans, (*inside, name) if name in CUSTOM else inside)
+            outs = _inline(ops, *subjaxpr(eqn), args, at, scans, (*inside, name) if name in CUSTOM else inside, here)
         elif name == "scan":
             body, body_consts = subjaxpr(eqn)
             num_consts, num_carry = scan_counts(eqn)
@@ -265,7 +267,7 @@ def _inline(
                 for a, v in zip(args[num_consts:first_x], body.invars[num_consts:])
             ]
             inner += [emit("scan_in", [a], v, at, deeper) for a, v in zip(args[first_x:], body.invars[first_x:])]
-            results = _inline(ops, body, body_consts, inner, at, deeper, inside)
+            results = _inline(ops, body, body_consts, inner, at, deeper, inside, here)
             # A carry that leaves one iteration is the carry that enters the next.
             outs = [
                 emit("scan_carry", [r, entered], v, at, scans)
@@ -274,7 +276,7 @@ def _inline(
             outs += [emit("scan_out", [r], v, at, scans) for r, v in zip(results[num_carry:], eqn.outvars[num_carry:])]
         elif name == "cond":
             branches = [
-                _inline(ops, *open_jaxpr(branch), args[1:], (*at, b), scans, (*inside, "cond"))
+                _inline(ops, *open_jaxpr(branch), args[1:], (*at, b), scans, (*inside, "cond"), here)
                 for b, branch in enumerate(eqn.params["branches"])
             ]
             outs = []
@@ -288,7 +290,7 @@ def _inline(
                 ops.append(Op("cond_out", tuple(results), (outs[-1],), None, at, scans, inside, (args[0],)))
         else:
             outs = [_result(v) for v in eqn.outvars]
-            ops.append(Op(_plain_name(eqn), tuple(args), tuple(outs), eqn, at, scans, inside))
+            ops.append(Op(_plain_name(eqn), tuple(args), tuple(outs), eqn, at, scans, inside, derived=here))
         env.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars]
 
