@@ -16,8 +16,8 @@ from tinyjax.sites import find_sites
 PACKAGE = Path(__file__).parent.parent / "tinyjax"
 SAYING = {"Unaligned", "Ungated", "Verdict", "mark", "_mark_all"}  # whose argument is a reason
 ELSEWHERE = {
-    "attention": 8, "bilinear": 6, "gating": 4, "geometry": 8, "hidden": 4, "kinds": 10, "recurrence": 7,
-    "rowweights": 2, "rules": 4, "scorelayout": 3, "states": 5, "stream": 16, "tangent": 7,
+    "attention": 8, "bilinear": 8, "gating": 4, "geometry": 8, "hidden": 4, "kinds": 10, "recurrence": 7,
+    "rowweights": 2, "rules": 4, "scorelayout": 3, "states": 5, "stream": 16, "tangent": 3,
 }  # fmt: skip
 PATTERN = re.compile(r"\(((?:an?|tied) [a-z -]+)[,)]")
 

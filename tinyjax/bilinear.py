@@ -127,7 +127,7 @@ def find_pair(
         raise Unaligned("its queries and keys come from layers of different stacks")
 
     if any(has_views(axis) for value in op.ins for axis in model.axes[value]):
-        raise Unaligned("its scores are those of several batches side by side (two views?)")
+        raise Unaligned("its scores are those of several batches side by side")
 
     def kind(atom: Atom | None, side: int) -> int:
         if atom is None or root(atom) is samples:

@@ -88,10 +88,10 @@ class Census:
     def _find_open(self) -> set[Value]:
         """Values behind which the model goes on: something else follows than sums and means on the way to the loss."""
         found: set[Value] = set()
-        samples = root(self._axes.samples)
+        samples = set(self._axes.sample_atoms())
         for op in reversed(self._ops):
             goes_on = any(v in found for v in op.outs)
-            rows = bool(op.scans) or any(a is samples for v in op.outs for axis in self._axes[v] for a in roots(axis))
+            rows = bool(op.scans) or any(a in samples for v in op.outs for axis in self._axes[v] for a in roots(axis))
             found.update(v for i, v in enumerate(op.ins) if goes_on or (rows and not self._is_linear(op, i)))
         return found
 

@@ -52,7 +52,7 @@ class Observed:
         self.copies = copied - varied
 
     def __contains__(self, dimension: Atom) -> bool:
-        return dimension in self._seen or INPUT in dimension.marks or dimension is root(self._axes.samples)
+        return dimension in self._seen or INPUT in dimension.marks or dimension in self._axes.sample_atoms()
 
     def is_constant(self, value: Value) -> bool:
         """Whether neither data nor parameters are in a value."""
