@@ -57,6 +57,10 @@ def sigmoid_loss(params, batch):
     return jnp.mean((jax.nn.sigmoid(batch["x"] @ params["w"] + params["b"]) @ params["u"] - batch["t"]) ** 2)
 
 
+def counting_loss(params, batch):
+    return loss_fn(params, batch) / (params["u"].shape[0] - 1)
+
+
 def good() -> Good:
     rng = np.random.default_rng(0)
     shapes = {"w": (5, CAPACITY), "b": (CAPACITY,), "u": (CAPACITY, 3)}
@@ -270,6 +274,11 @@ CASES = {
         Case("an optimizer without its state", lambda g: tinyjax.resize(g.params, g.sites, {"w": 9}, optimizer=g.optimizer), "belong together"),
         Case("the state of another optimizer", lambda g: tinyjax.resize(
             g.params, g.sites, {"w": 9}, optimizer=g.optimizer, opt_state=optax.sgd(0.1, momentum=0.9).init(g.params)), "another structure"),
+        Case("a capacity that a number in the model follows", lambda g: tinyjax.resize(
+            g.params, tinyjax.find_sites(counting_loss, g.params, g.batch), {"w": 9}), "the loss would change: the number 5 in `div`"),
+        Case("a `check` without a batch", lambda g: tinyjax.resize(g.params, g.sites, {"w": 9}, check=loss_fn), "`check` must be"),
+        Case("`check` with another model", lambda g: tinyjax.resize(
+            g.params, g.sites, {"w": 9}, check=(loss_fn, g.batch, lambda capacities: sigmoid_loss)), "changes the loss of a batch"),
         Case("`compact` under `jit`", lambda g: jax.jit(lambda p: tinyjax.compact(p, g.sites)[0])(g.params), "call it on concrete arrays, outside `jit`"),
         Case("a residual stream to prune", lambda g: tinyjax.prune(*streamed(g)[1:], g.statistics, num_neurons=1), "is a residual stream"),
         Case("more neurons to prune than there are slots", lambda g: tinyjax.prune(g.params, g.site, g.statistics, num_neurons=7), r"outside 0 \.\. 6"),

@@ -25,6 +25,7 @@ class Value:
         kind: `"param"`, `"batch"`, `"const"`, or `"op"`.
         index: which parameter or batch leaf.
         const: the number, for a scalar literal.
+        array: the array, for another constant whose entries are known.
     """
 
     shape: tuple[int, ...]
@@ -32,6 +33,7 @@ class Value:
     kind: str = "op"
     index: int = -1
     const: Any = None
+    array: Any = None
 
 
 class Scan(NamedTuple):

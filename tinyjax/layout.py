@@ -103,7 +103,7 @@ def named_leaves(params: Params) -> dict[str, Array]:
     return leaves
 
 
-def replace_leaves(params: Params, new: Mapping[str, Array]) -> Params:
+def replace_leaves(params: Params, new: Mapping[str, Any]) -> Params:
     """The tree with the leaves named in `new` replaced."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(path_name(path), leaf), params)
 

@@ -101,12 +101,15 @@ class Site:
         consumers: kernels that contract it; a recurrent kernel is among both.
         stack: lengths of the enclosing scans over layers, outermost first; () for an ordinary site.
         norm: a batch normalisation on the way to the consumers, or None.
-        powers: leaves, by path, that `resize` multiplies by a power of new / old capacity: the model divides by one, in
-            the scores of attention or in a root-mean-square norm.
+        powers: leaves, by path, that `resize` multiplies by a power of new / old capacity: they make up for numbers of
+            the model that follow it (a root of a width in scores of attention, in a readout, in a norm).
         gate: the kernel whose activation multiplies the producer's output slot by slot (GLU, SwiGLU), or None.
         pattern: for a site of whole attention heads the kernels of queries and keys, its producer being that of the
             values; () elsewhere. Their layers (and the producer's) are the dimensions of a head.
         stream: of a residual stream, which has several producers; None elsewhere.
+        fixed: what follows the capacity such that no leaf can make up for it, in words: the site grows inside its
+            capacity, and `resize` and `compact` refuse to change that; "" where nothing does.
+        unchecked: why that is not known: the loss could not be traced at another capacity; "" where it was.
     """
 
     name: str
@@ -122,6 +125,8 @@ class Site:
     gate: Kernel | None = None
     pattern: tuple[Kernel, ...] = ()
     stream: Stream | None = None
+    fixed: str = ""
+    unchecked: str = ""
 
 
 class Sites(Sequence[Site]):
@@ -177,12 +182,19 @@ class Sites(Sequence[Site]):
                 " x ".join(map(str, (*site.stack, site.capacity))),
                 _brief([*site.pattern, *site.producers]) + ("" if site.gate is None else f" x {_brief([site.gate])}"),
                 _brief(site.consumers),
-                "yes" if site.growable else f"no: {site.reason}",
+                _verdict(site),
             )
             for site in self._sites
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[4]]).rstrip() for row in rows)
+
+
+def _verdict(site: Site) -> str:
+    """Whether a site can grow, and beyond its capacity."""
+    if not site.growable:
+        return f"no: {site.reason}"
+    return f"yes, inside its capacity: {site.fixed}" if site.fixed else "yes"
 
 
 def _brief(kernels: Sequence[Kernel]) -> str:

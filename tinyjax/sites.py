@@ -10,27 +10,40 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from tinyjax.atoms import Atom
+from tinyjax.atoms import Atom, root
 from tinyjax.axes import Axes
 from tinyjax.census import Census, Missed
 from tinyjax.dimensions import Dimensions, kernel_atoms
 from tinyjax.judging import describe, judge
-from tinyjax.layout import Params
+from tinyjax.layout import Params, named_leaves, replace_leaves
 from tinyjax.path import Path, Verdict
-from tinyjax.site import Kernel, Site, Sites
+from tinyjax.retracing import with_numbers
+from tinyjax.site import Kernel, Site, Sites, resized
 from tinyjax.slots import require_growable
 from tinyjax.trace import Graph, Trace, flatten, trace
 from tinyjax.uses import Use, find_uses
 from tinyjax.wiring import Wiring
 
 
-def find_sites(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: bool = False) -> Sites:
+def find_sites(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    batch: Any,
+    *,
+    has_aux: bool = False,
+    make_loss: Callable[[dict[str, int]], Callable[..., Any]] | None = None,
+) -> Sites:
     """The hidden dimensions of a model.
 
-    Nothing is run: the loss is traced once, so `params` and `batch` may be abstract (`jax.ShapeDtypeStruct`). Trace at
+    Nothing is run: the loss is traced, so `params` and `batch` may be abstract (`jax.ShapeDtypeStruct`). Trace at
     a capacity of at least two slots a layer and with at least two samples: an axis of length one has no identity.
+
+    The loss is traced a few times more, at other capacities, to see which numbers in it follow them: `Site.powers` says
+    which leaves `resize` multiplies to make up for them, `Site.fixed` what it cannot make up for, `Site.unchecked` why
+    that is not known (a model that checks shapes and no `make_loss`).
 
     Args:
         loss_fn: `loss_fn(params, batch) -> loss`, the mean over the samples of the batch.
@@ -38,6 +51,7 @@ def find_sites(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_a
         batch: any pytree; every leaf has the samples as leading axis, except 0-d leaves and typed PRNG keys that are
             not as many as the samples.
         has_aux: whether `loss_fn` returns `(loss, aux)`.
+        make_loss: from capacities by site name to a loss, for models that check shapes (Linen, Haiku).
 
     Returns:
         The sites in the order in which the model computes them, also those that cannot grow (with `reason`).
@@ -51,7 +65,27 @@ def find_sites(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_a
         >>> tinyjax.find_sites(loss_fn, params, jnp.ones((16, 4)))["in"].capacity
         8
     """
-    return discover(trace(loss_fn, params, batch, has_aux=has_aux)).sites
+    found = discover(traced := trace(loss_fn, params, batch, has_aux=has_aux))
+
+    def retrace(capacities: dict[str, int]) -> Trace:
+        wider = resized(found.sites, capacities)
+        loss = loss_fn if make_loss is None else make_loss({site.name: site.capacity for site in wider.growable})
+        return trace(loss, _reshaped(params, wider.growable), batch, has_aux=has_aux)
+
+    return with_numbers(found.sites, traced, found.graph, found.axes, found.dimensions, retrace)
+
+
+def _reshaped(params: Params, sites: Sites) -> Params:
+    """The parameters in the shapes of sites, abstract where they differ."""
+    shapes = {member.leaf: member.layout.shape for site in sites for member in site.members}
+    return replace_leaves(
+        params,
+        {
+            name: jax.ShapeDtypeStruct(shapes[name], leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+            for name, leaf in named_leaves(params).items()
+            if name in shapes and np.shape(leaf) != shapes[name]
+        },
+    )
 
 
 class Discovery(NamedTuple):
@@ -62,12 +96,14 @@ class Discovery(NamedTuple):
         paths: for every growable site, by name, its paths.
         graph: the flat graph.
         axes: the axes of its tensors.
+        dimensions: for every growable site, by name, its dimension.
     """
 
     sites: Sites
     paths: dict[str, tuple[Path, ...]]
     graph: Graph
     axes: Axes
+    dimensions: dict[str, Atom]
 
 
 def discover(traced: Trace) -> Discovery:
@@ -83,11 +119,17 @@ def discover(traced: Trace) -> Discovery:
     model = Dimensions(graph, axes, wiring, names, uses, obstructed)
     hidden = [dimension for dimension in model.leaves if model.is_hidden(dimension)]
     census = Census(model, hidden)
-    judged = [(model.first_op(dimension), judge(model, dimension)) for dimension in hidden]
-    judged += [(model.order[missed.op], (_missed(model, missed), ())) for missed in census.missed]
+    judged = [(model.first_op(dimension), dimension, judge(model, dimension)) for dimension in hidden]
+    judged += [(model.order[missed.op], None, (_missed(model, missed), ())) for missed in census.missed]
     judged.sort(key=lambda one: one[0])
-    found = _named(model, [*(one for _, one in judged), *_single(model), *_unseen(model, hidden, census.unseen)])
-    return Discovery(Sites(site for site, _ in found), {s.name: p for s, p in found if s.growable}, graph, axes)
+    found = _named(model, [*(one for *_, one in judged), *_single(model), *_unseen(model, hidden, census.unseen)])
+    paths = {site.name: paths for site, paths in found if site.growable}
+    dimensions = {
+        site.name: root(dimension)
+        for (_, dimension, _), (site, _) in zip(judged, found)
+        if dimension is not None and site.growable
+    }
+    return Discovery(Sites(site for site, _ in found), paths, graph, axes, dimensions)
 
 
 def paths_of(discovery: Discovery, site: Site) -> tuple[Path, ...]:

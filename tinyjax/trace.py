@@ -152,10 +152,11 @@ def batch_size(batch: Any) -> int:
     return num_samples
 
 
-def flatten(traced: Trace) -> Graph:
+def flatten(traced: Trace, *, merge: bool = True) -> Graph:
     """Inlines every call of a traced loss into one list of operations.
 
-    What is computed twice comes once; what neither the loss nor new values of leaves depend on is left out.
+    What is computed twice comes once; what neither the loss nor new values of leaves depend on is left out. Without
+    `merge` all operations are there, as they were traced.
     """
     jaxpr = traced.jaxpr.jaxpr
     num_params = len(traced.leaf_names)
@@ -166,7 +167,7 @@ def flatten(traced: Trace) -> Graph:
     ops: list[Op] = []
     outs = _inline(ops, jaxpr, traced.jaxpr.consts, inputs, (), (), ())
     graph = Graph(tuple(inputs[:num_params]), tuple(inputs[num_params:]), tuple(ops), outs[0])
-    return alive(*merged(graph, outs[1:]))
+    return alive(*merged(graph, outs[1:])) if merge else graph
 
 
 def body(op: Op) -> Graph:
@@ -331,7 +332,9 @@ def _constant(value: Any) -> Value:
     if dtype is None:
         dtype = np.result_type(value)
     # A typed key is no number, and of a tracer the number is not known.
-    if shape != () or not isinstance(dtype, np.dtype) or isinstance(value, Tracer):
+    if not isinstance(dtype, np.dtype) or isinstance(value, Tracer):
         return Value(shape, dtype, "const")
+    if shape != ():
+        return Value(shape, dtype, "const", array=value)
     # Under a trace, JAX's own arrays would not even compare as numbers.
     return Value(shape, dtype, "const", const=np.asarray(value) if isinstance(value, jax.Array) else value)

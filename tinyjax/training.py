@@ -205,8 +205,9 @@ def fit(
 
     A growth looks at the next batches, at `growth_samples` samples of them, before they are trained on. Where a
     site has fewer free slots than the schedule asks for, sites are resized by `policy` (and everything is recompiled
-    once) if there is one; else as many neurons as fit are added. Sites that grow together share one program, so a
-    schedule that visits one site at a time compiles, and estimates, one site at a time.
+    once) if there is one, and the loss of the next batch is compared before and after; else as many neurons as fit are
+    added. Sites that grow together share one program, so a schedule that visits one site at a time compiles, and
+    estimates, one site at a time.
 
     A run that was stopped goes on as if it had not been: pass the `params`, `opt_state`, `sites`, `step` and `history`
     of its last record, the same key, and the batches from there on.
@@ -244,8 +245,9 @@ def fit(
 
     Raises:
         ValueError: no batch (unless `step` says that the run was at its end); a schedule that names an unknown site or
-            asks for more than `num_neurons`; a policy without the `final` it needs; and as `find_sites`,
-            `make_grow_step` and `check`; a loss that sums over the samples of a micro-batch.
+            asks for more than `num_neurons`; a policy without the `final` it needs; a resize that would change
+            the loss, or did (with the names of the sites); and as `find_sites`, `make_grow_step` and `check`; a loss
+            that sums over the samples of a micro-batch.
 
     Example:
         >>> optimizer = tinyjax.with_birth(optax.adam(1e-3))
@@ -264,7 +266,7 @@ def fit(
     first = stream.peek()
     frozen = frozen_leaves(params, optimizer, trainable)
     if sites is None:
-        every = mark_frozen(find_sites(loss_fn, params, first, has_aux=has_aux), frozen)
+        every = mark_frozen(find_sites(loss_fn, params, first, has_aux=has_aux, make_loss=make_loss), frozen)
         found, refused = every.growable, Sites(site for site in every if not site.growable)
     else:
         found, refused = as_sites(sites), Sites(())
@@ -295,10 +297,18 @@ def fit(
             needed = {name: w + wanted.get(name, 0) for name, w in widths.items()}
             if policy is not None and any(needed[site.name] > site.capacity for site in found):
                 capacities = policy(needed, final)
+                new_loss = loss_fn if make_loss is None else make_loss(capacities)
+                some = take_samples(stream.peek(), 0, micro_batch) if micro_batch is not None else stream.peek()
                 params, opt_state, found = resize(
-                    params, found, capacities, optimizer=optimizer, opt_state=opt_state, trainable=trainable
+                    params,
+                    found,
+                    capacities,
+                    optimizer=optimizer,
+                    opt_state=opt_state,
+                    trainable=trainable,
+                    check=(loss_fn, some, _always(new_loss)),
                 )
-                loss_fn = loss_fn if make_loss is None else make_loss(capacities)
+                loss_fn = new_loss
                 compiled = _Compiled(loss_fn, found, most, options, with_aux, programs)
             fits = {name: min(k, found[name].capacity - widths[name]) for name, k in wanted.items()}
             fits = {name: k for name, k in fits.items() if k}
@@ -424,6 +434,11 @@ class _Compiled:
 
     def _after(self, params: Params, aux: Any) -> Params:
         return params if self._with_aux is None else self._with_aux(params, aux)
+
+
+def _always(loss_fn: LossFn) -> Callable[[dict[str, int]], LossFn]:
+    """A `make_loss` that has been called."""
+    return lambda capacities: loss_fn
 
 
 def _at_capacities(info: GrowthInfo, sites: Sites) -> bool:

@@ -13,6 +13,7 @@ from tinyjax.layout import Layout, Params, named_leaves
 from tinyjax.site import Kernel, Member, Norm, Site, Sites, Stream
 
 Json = Any
+_OLD = "it comes from a checkpoint of a version that did not look for numbers that follow a capacity"
 
 
 def site_to_json(site: Site) -> Json:
@@ -34,6 +35,7 @@ def site_from_json(node: Json) -> Site:
             pattern=tuple(map(_kernel, node["pattern"])),
             powers=tuple((leaf, power) for leaf, power in node["powers"]),
             stream=None if node["stream"] is None else _stream(node["stream"]),
+            unchecked=node.get("unchecked", _OLD),
         )
     )
 

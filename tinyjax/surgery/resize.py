@@ -25,6 +25,7 @@ from tinyjax.slots import (
 )
 from tinyjax.surgery.capacity import Policy
 from tinyjax.surgery.frozen import frozen_leaves, require_scalable
+from tinyjax.surgery.keeping import Check, require_free_capacity, require_same_loss
 from tinyjax.surgery.trained import Trainable, everything, owner, trained_names
 
 
@@ -53,17 +54,20 @@ def resize(
     opt_state: Any = None,
     like: Sequence[Any] = (),
     trainable: Trainable = everything,
+    check: Check | None = None,
 ) -> tuple[Any, ...]:
     """Gives sites another capacity without changing the network's function.
 
     New slots are empty (scale and running variance 1). Cutting removes free slots only, the last ones first; used slots
     move to the front when they would be cut otherwise. Slots keep their order.
 
-    Attention that scales its scores by the root of the query-key dimension would change with the capacity: queries are
-    multiplied by the root of new / old. A factor that happens to be capacity^(-1/2) is taken to follow it. A
-    root-mean-square norm on a residual stream divides by the capacity: what is written to the stream is multiplied by
-    the root of new / old, so that the mean square and the norm's epsilon keep their ratio, and the norm's scale (a
-    reader's kernel, where there is none) is divided by it. Optimizer states are not rescaled.
+    A model that computes numbers from its widths (attention scores over the root of their dimension, a mean square in
+    a norm, a readout over a root of the width) would change with the capacity. `find_sites` has found the leaves that
+    make up for it, `Site.powers`: they are multiplied by a power of new / old capacity, such that the mean square under
+    a norm and the norm's epsilon keep their ratio; optimizer states are not. Where no leaf can make up for a number,
+    the resize is refused. Of models that check shapes these numbers are known if `find_sites` was given `make_loss`;
+    else `Site.unchecked` says why not, roots in attention scores and norms are told by their value, and `check`
+    compares the losses.
 
     Args:
         params: the parameters the sites were found in.
@@ -75,15 +79,18 @@ def resize(
             moments) starts afresh.
         like: other trees shaped like the parameters or their trained part (moving averages), resized the same way.
         trainable: the part of the parameters that `optimizer` sees.
+        check: `(loss_fn, batch)`: the loss of the batch must be the same before and after. With a third entry,
+            `make_loss`, the loss after is that of `make_loss(capacities)` (Linen and Haiku check shapes).
 
     Returns:
         `(params, sites)`, or `(params, opt_state, sites)`, with the resized `like` before the sites when given:
         `(params, like, sites)`, `(params, opt_state, like, sites)`. The sites know the new capacities.
 
     Raises:
-        ValueError: for an unknown site, one that cannot grow, a capacity below its width (named), a state without
-            optimizer, a state that does not belong to the parameters; where a leaf that has to be multiplied is frozen;
-            or when cutting while traced.
+        ValueError: for an unknown site, one that cannot grow, a capacity below its width (named), a number in the model
+            that follows the capacity (named), a state without optimizer, a state that does not belong to the
+            parameters; where a leaf that has to be multiplied is frozen; when the loss of `check` is another
+            afterwards; or when cutting while traced.
 
     Example:
         >>> params, opt_state, sites = tinyjax.resize(
@@ -102,6 +109,8 @@ def resize(
     require_scalable(sites, capacities, lambda: frozen_leaves(params, optimizer, trainable))
     rescaled = _rescaled(params, sites, capacities)  # before new slots come: they are neutral
     new = _resize_like(rescaled, changes, dict.fromkeys(named_leaves(params), ""))
+    if check is not None:
+        require_same_loss(check, params, new, sites, capacities)
     result = [new]
     trained = trained_names(trainable, params)
     if optimizer is not None:
@@ -119,7 +128,7 @@ def resize(
 
 
 def _rescaled(tree: Any, sites: Sites, capacities: Mapping[str, int]) -> Any:
-    """The tree with leaves multiplied by what the model loses that divides by the capacity: attention, norms."""
+    """The tree with leaves multiplied by what makes up for numbers that follow the capacity."""
     factors = {}
     for name, capacity in capacities.items():
         site = sites[name]
@@ -132,18 +141,21 @@ def _rescaled(tree: Any, sites: Sites, capacities: Mapping[str, int]) -> Any:
     return replace_leaves(tree, {name: x.astype(leaves[name].dtype) for name, x in scaled.items()})
 
 
-def compact(params: Params, sites: Sites | Sequence[Site] | Site) -> tuple[Params, dict[str, int]]:
+def compact(
+    params: Params, sites: Sites | Sequence[Site] | Site, *, check: Check | None = None
+) -> tuple[Params, dict[str, int]]:
     """Drops the free slots of every growable site: the network at its exact widths, the same function.
 
     Args:
         params: the parameters the sites were found in, concrete.
         sites: sites; those that cannot grow stay as they are.
+        check: as in `resize`.
 
     Returns:
         The parameters, and the widths by site name, from which to rebuild a model that checks shapes.
 
     Raises:
-        ValueError: when called while tracing.
+        ValueError: when called while tracing; and as `resize`.
 
     Example:
         >>> params, widths = tinyjax.compact(params, sites)
@@ -153,7 +165,7 @@ def compact(params: Params, sites: Sites | Sequence[Site] | Site) -> tuple[Param
     sites = as_sites(sites)
     require_concrete(params, "the size of a compact network")
     widths = {site.name: int(width(params, site)) for site in sites.growable}
-    return resize(params, sites, widths)[0], widths
+    return resize(params, sites, widths, check=check)[0], widths
 
 
 def _changes(params: Params, sites: Sites, capacities: Mapping[str, int]) -> dict[str, _Change]:
@@ -166,6 +178,7 @@ def _changes(params: Params, sites: Sites, capacities: Mapping[str, int]) -> dic
     for name, capacity in capacities.items():
         site = sites[name]
         require_growable(site)
+        require_free_capacity(site, capacity)
         site_leaves(params, site)
         if not isinstance(capacity, int | np.integer):
             raise ValueError(f"the capacity of site `{name}` must be an int, got {capacity!r}")
