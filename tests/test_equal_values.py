@@ -52,6 +52,19 @@ def test_the_laws_hold_for_two_readers_of_equal_values(name):
     assert_laws(two_heads(jnp.tanh, COPIES[name]), PARAMS, BATCH, readers=("u", "v"))
 
 
+def test_a_detached_reader_of_what_attention_mixes():
+    """The tangents of new values pass through the copy, which jax would differentiate to zero."""
+    params = draw(2, q=(5, 4), k=(5, 4), v=(5, 6), o=(6, 3), probe=(6, 2))
+
+    def loss_fn(p, b):
+        weights = jax.nn.softmax((b["x"] @ p["q"]) @ jnp.swapaxes(b["x"] @ p["k"], -1, -2))
+        h = weights @ (b["x"] @ p["v"])
+        probe = jax.lax.stop_gradient(h) @ p["probe"]
+        return jnp.mean((probe - 1) ** 2) + jnp.mean((h @ p["o"] - b["t"]) ** 2)
+
+    assert_laws(loss_fn, params, data(8, 4, 5), "v", readers=("probe", "o"))
+
+
 def encode(p, b):
     return jax.nn.silu(2 * (b["x"] @ p["w"] + p["b"]))
 
