@@ -18,7 +18,8 @@ with zero fan-out (`tiny0`), random filler beyond the rank. All runs share data,
 
 A ResNet says first how long its growing run will take, once compiled, from what its first growth and its first steps
 take. A bar shows the time left, every growth leaves a line. Ctrl-C finishes the step and saves; the same command with
-`--resume` goes on, also after a crash, and ends with the same network as if it had never been stopped.
+`--resume` goes on, also after a crash, and ends with the same network as if it had never been stopped; where nothing
+was saved yet it starts from the beginning and says so.
 
 Writes log.jsonl, figure.png and final.npz (the compact parameters of the grown network) to `--out`. The test split is
 reported, never used to choose anything. In the table of growths, psi is mean |V_goal|^2 before the growth, gain is
@@ -118,7 +119,10 @@ def checkpoints(config: argparse.Namespace) -> Path:
         if changed:
             raise SystemExit(f"the run in {folder} was started with {', '.join(changed)}: --resume needs the same")
     elif config.resume:
-        raise SystemExit(f"there is nothing to resume in {folder}")
+        if (Path(config.out) / "log.jsonl").is_file():
+            raise SystemExit(f"the run in {config.out} is finished: there is nothing to resume")
+        CONSOLE.print(f"There is nothing to resume in {folder} yet: the run starts from the beginning", highlight=False)
+        config.resume = False
     folder.mkdir(parents=True, exist_ok=True)
     staged = note.with_suffix(".part")
     staged.write_text(json.dumps(asked))

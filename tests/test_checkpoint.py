@@ -238,10 +238,29 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, limit):
         pytest.raises(OSError, match=r"could not save .*/1: .* before it are as they were"),
     ):
         tinyjax.save(tmp_path, runs[1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0"]  # nothing half-written stays
     assert tinyjax.restore(tmp_path).step == 0
     tinyjax.save(tmp_path, runs[2])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "2"]
     np.testing.assert_array_equal(tinyjax.restore(tmp_path).params["big"], noise[2])
+
+
+@pytest.mark.parametrize("limit", [0, 100, 20_000])
+def test_a_full_disk_leaves_no_folder_of_its_own(tmp_path, limit):
+    noise = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)
+    run = tinyjax.Checkpoint(0, {"big": jnp.asarray(noise)}, None, tinyjax.Sites([]))
+    with full_disk(limit), pytest.raises(OSError, match=r"could not save .*/new/0: ") as caught:
+        tinyjax.save(tmp_path / "new", run)
+    assert caught.value.__suppress_context__ and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [0, 1, 50_000])
+@pytest.mark.parametrize("where", ["net.npz", "new/deep/net.npz"])
+def test_an_export_to_a_full_disk_leaves_nothing(tmp_path, limit, where):
+    noise = jnp.asarray(np.random.default_rng(0).integers(0, 256, 100_000, np.uint8))
+    with full_disk(limit), pytest.raises(OSError, match=r"could not export .*net\.npz: ") as caught:
+        tinyjax.export(tmp_path / where, {"big": noise}, tinyjax.Sites([]))
+    assert caught.value.__suppress_context__ and not list(tmp_path.iterdir())
 
 
 def test_a_link_in_the_place_of_a_checkpoint_is_not_followed(whole, tmp_path):
@@ -423,11 +442,10 @@ def test_a_failed_export_leaves_the_old_file(whole, tmp_path, monkeypatch):
     path = tmp_path / "net.npz"
     path.write_bytes(b"old")
 
-    def full(file, **arrays):
-        file.write(b"half")
+    def full(source, target):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
         tinyjax.export(path, whole[0].params, whole[0].sites)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

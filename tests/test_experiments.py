@@ -116,7 +116,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, mon
     with monkeypatch.context() as patched:
         patched.setattr("tinyjax.stop_on_interrupt", lambda: interrupted_after(3))
         with pytest.raises(SystemExit, match="Stopped after step 3 of `grown`; the same command with --resume"):
-            grow.main(arguments)
+            grow.main([*arguments, "--resume"])  # as a job does that may have been killed in its first seconds
+    assert "There is nothing to resume in" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds a run that was stopped: go on with --resume"):
         grow.main(arguments)
     with pytest.raises(SystemExit, match="was started with --seed 3: --resume needs the same"):

@@ -134,9 +134,22 @@ def test_fit_rebuilds_a_model_that_checks_shapes():
 
 
 def test_a_full_site_without_policy_takes_what_fits(thin):
-    records = fit(thin, make_batches(4), tinyjax.every(1, 3, final=20), **CHEAP)
+    with pytest.warns(UserWarning, match="`w` .all 8 slots are used., where nothing can grow") as told:
+        records = fit(thin, make_batches(4), tinyjax.every(1, 3, final=20), **CHEAP)
+    assert sum("nothing can grow" in str(w.message) for w in told) == 1
     assert [r.width["w"] for r in records] == [5, 8, 8, 8]
     assert records[-1].growth is None
+
+
+@pytest.mark.parametrize("final", [8, 20], ids=["at its final width", "beyond the slots"])
+def test_a_full_network_says_once_that_nothing_can_grow(final):
+    """Whoever forgets `thin` learns it; a control whose schedule never asks does not."""
+    with pytest.warns(UserWarning, match="`w` .all 8 slots are used., where nothing can grow: .*`thin`") as told:
+        records = fit(init(), make_batches(3), tinyjax.every(1, 1, final=final))
+    assert sum("nothing can grow" in str(w.message) for w in told) == 1 and all(
+        record.growth is None for record in records
+    )
+    fit(init(), make_batches(1), lambda step, widths, history: {})
 
 
 def test_the_trained_part_alone_is_trained_and_aux_is_put_back(thin):
@@ -481,3 +494,32 @@ def test_nnx_optimizer():
     train(model, optimizer, batches[3])
     born = np.flatnonzero(info.born["hidden"])
     np.testing.assert_allclose(np.abs(model.out.kernel[...][born]), 1e-2, rtol=1e-3)
+
+
+def test_every_site_and_every_growth_draws_with_a_key_of_its_own():
+    """Two layers of one shape and two growths of one: no two newborn fan-ins are the same."""
+    rng = np.random.default_rng(3)
+    shapes = {"a": (6, 6), "b": (6, 6), "c": (6, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape)) / 3 for name, shape in shapes.items()}
+    batches = [{"x": jnp.asarray(rng.normal(size=(BATCH_SIZE, 6))), "t": jnp.zeros((BATCH_SIZE, 3))} for _ in range(2)]
+
+    def loss(p, b):
+        return jnp.mean((jnp.tanh(jnp.tanh(b["x"] @ p["a"]) @ p["b"]) @ p["c"] - b["t"]) ** 2)
+
+    sites = tinyjax.find_sites(loss, params, batches[0])
+    params = tinyjax.thin(params, sites, 4)
+    options = dict(method=tinyjax.random0, update=None, fill=None, num_neurons=1)
+    one = tinyjax.make_grow_step(loss, sites, **options)
+    grown, _ = one(params, batches[0], jax.random.key(0))
+    ratio = np.asarray(grown["a"][:4, 4] / grown["b"][:4, 4])
+    assert np.ptp(ratio) > 1e-3 * np.abs(ratio).max()
+
+    def run(seed):
+        records = tinyjax.fit(
+            loss, params, batches, tinyjax.with_birth(optax.sgd(0.0)), tinyjax.every(1, 1, final=6),
+            jax.random.key(seed), growth_samples=16, **options,
+        )  # fmt: skip
+        return [np.asarray(record.params["a"]) for record in records]
+
+    first, second = run(0)
+    assert np.abs(first[:, 4] - second[:, 5]).max() > 1e-3 * np.abs(first[:, 4]).max()

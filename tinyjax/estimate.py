@@ -17,6 +17,7 @@ from tinyjax.sites import discover
 from tinyjax.slots import per_site, require_growable
 from tinyjax.statistics import Pattern, Statistics, merge
 from tinyjax.trace import batch_size, num_numbers, take_samples, trace
+from tinyjax.whole import whole_number
 
 DEFAULT_CHUNK = 1024
 AT_ONCE = 2**24  # numbers that a loss may compute for its batch to be looked at in one pass: 64 MiB in float32
@@ -171,9 +172,9 @@ def estimate_batch(
 
     `first` is the index of its first sample. The sums of a site whose `asked` () is false are zeros but for the energy.
     """
-    if null_draws < 0:
+    if whole_number(null_draws, "`null_draws`") < 0:
         raise ValueError(f"`null_draws` must be >= 0, got {null_draws}")
-    if third_moments < 0:
+    if whole_number(third_moments, "`third_moments`") < 0:
         raise ValueError(f"`third_moments` must be >= 0, got {third_moments}")
     if project is not None and null_draws:
         raise ValueError("`null_draws` are made of `link`, which `project` leaves out: pass one of them")
@@ -181,7 +182,7 @@ def estimate_batch(
     for site in sites:
         require_growable(site)
     num_samples = batch_size(batch)
-    if chunk is not None and (chunk < 2 or chunk % 2):
+    if chunk is not None and (whole_number(chunk, "`chunk`") < 2 or chunk % 2):
         raise ValueError(f"`chunk` must be an even number of samples, got {chunk}")
     if micro_batch is not None:
         _check_micro_batch(micro_batch, chunk)
@@ -231,5 +232,5 @@ def num_chunks(num_samples: int) -> int:
 def _check_micro_batch(micro_batch: int, chunk: int | None) -> None:
     if chunk is not None:
         raise ValueError("`micro_batch` and `chunk` both say how many samples pass at a time: leave one out")
-    if not isinstance(micro_batch, int) or micro_batch < 2 or micro_batch % 2:
+    if whole_number(micro_batch, "`micro_batch`") < 2 or micro_batch % 2:
         raise ValueError(f"`micro_batch` must be an even number of samples, got {micro_batch!r}")

@@ -97,9 +97,12 @@ def fit(
         gain_held_out=(gain(2, 1) + gain(1, 2)) / 2,
     )
     zero = jnp.zeros_like(mean.energy)
+    steep = 1.0 if statistics.slope is None or statistics.is_flat else abs(statistics.slope)
+    if first.delta is not None and not born_empty:  # both take one amplitude: the neurons' share of the move is steep
+        first = first._replace(alpha=first.alpha / steep**0.5, omega=first.omega / steep**0.5)
     slopes = Slopes(
         update=zero if delta is None else inner(mean.cross, delta),
-        neurons=inner(mean.cross_prev, product(first.alpha, first.omega, mean.cross.shape[1]))
+        neurons=steep * inner(mean.cross_prev, product(first.alpha, first.omega, mean.cross.shape[1]))
         + (zero if first.delta is None else inner(mean.cross, first.delta)),
         second_order=None if first.second_order is None else jnp.sum(first.second_order),
     )

@@ -74,8 +74,9 @@ class Flow:
         beside: operations in which a vector was multiplied by a factor of the rows before both met the flow.
         counted: for every leaf that tells a norm of `tinyjax.models` which slots it counts, the operations that ask.
         trouble: why the dimension cannot grow wherever it is read (such a norm, a slope that is not finite), or "".
+        gates: values that multiply the flow slot by slot, and which are given with each new neuron.
 
-    `gates` are values that multiply the flow slot by slot, and which are given with each new neuron. `others` are the
+    `others` are the
     results of further products that write the dimension, in the same rows, empty where its slots are.
     """
 
@@ -104,7 +105,7 @@ class Flow:
         self.beside: set[Op] = set()
         self.counted: dict[int, list[Op]] = {}
         self.trouble = ""
-        self._axes, self._wiring, self._slots, self._gates = axes, wiring, slots, gates
+        self._axes, self._wiring, self._slots, self.gates = axes, wiring, slots, gates
         # Steps of the scans around the producer are rows, unless its kernel has one layer for each.
         self._row_scans = frozenset() if producer.kernel.stack else frozenset(producer.op.scans)
         for op in graph.ops:
@@ -128,7 +129,7 @@ class Flow:
             self.trouble = self.trouble or f"the gradient of `{op.name}` is not finite where a neuron is empty"
         value = self._empty_value(op)
         pools = min((self.pools[v] for v in op.ins if v in self.pools), key=len)
-        if self._divides_by_count(op):
+        if self.divides_by_count(op):
             pools = (*pools[:-1], dataclasses.replace(pools[-1], name=WINDOW_MEAN))
         degree = self._degree(op)
         for out in along:
@@ -153,9 +154,9 @@ class Flow:
             mixed = next((r for r in reasons if r != ROW_BY_ROW), ROW_BY_ROW)
             if op.name in OWN or op.name in _SUMS:
                 return mixed or self._modulated_by(op), ()
-            outside = [i for i, v in enumerate(op.ins) if v not in self.mixing and v not in self._gates]
+            outside = [i for i, v in enumerate(op.ins) if v not in self.mixing and v not in self.gates]
             differing = [i for i in outside if not self._same_in_all_rows(op.ins[i])]
-            if self._divides_by_count(op):
+            if self.divides_by_count(op):
                 differing = []
             weights = [weight for i in differing if (weight := self._weight(op, i)) is not None]
             if len(weights) < len(differing):
@@ -172,7 +173,7 @@ class Flow:
             return not inner and self._wiring.scalar(op.ins[1]) == 0
         return op.name in REDUCTIONS or op.name.startswith("reduce_window")
 
-    def _divides_by_count(self, op: Op) -> bool:
+    def divides_by_count(self, op: Op) -> bool:
         """Whether a sum over windows is divided by the number of pixels each window holds, padding left out."""
         if op.name != "div" or op.ins[0] not in self.mixing or not self.pools[op.ins[0]]:
             return False
@@ -188,7 +189,7 @@ class Flow:
             factor = _itself
         elif op.name == "div" and operand == 1:
             factor = jnp.reciprocal
-        elif op.name == "select_n" and operand == 0 and (which := self._selected(op)) is not None:
+        elif op.name == "select_n" and operand == 0 and (which := self.selected(op)) is not None:
             factor = (_is_zero, _is_one)[which]
         else:
             return None
@@ -222,7 +223,9 @@ class Flow:
     def is_vector(self, value: Value) -> bool:
         """Whether a value is a parameter vector along the slots, the same in all rows."""
         found = self._wiring.vector(value)
-        return found is not None and all(a is self._slots for axis in self._axes[found[1]] for a in roots(axis))
+        if found is None or not self._has_slots(found[1]):
+            return False
+        return all(a is self._slots for axis in self._axes[found[1]] for a in roots(axis))
 
     def downstream(self, graph: Graph, start: Value) -> "Flow":
         """The same flow from one of its values on."""
@@ -234,7 +237,13 @@ class Flow:
         part.mixing = {v: why for v, why in self.mixing.items() if v in reached}
         return part
 
-    def _selected(self, op: Op) -> int | None:
+    def is_weight(self, op: Op, value: Value) -> bool:
+        """Whether an operand from outside is a factor of the rows, which `weights` tell of."""
+        (out,) = op.outs
+        before = min(len(self.weights[v]) for v in op.ins if v in self.weights)
+        return len(self.weights[out]) > before and not self._same_in_all_rows(value)
+
+    def selected(self, op: Op) -> int | None:
         """Which of two cases of a `select_n` is the flow, the other one being zero."""
         cases = op.ins[1:]
         inside = [i for i, v in enumerate(cases) if v in self.mixing]
@@ -329,7 +338,7 @@ class Flow:
         return all(self._same_in_all_rows(v) for v in op.ins)
 
     def _empty_value(self, op: Op) -> Any:
-        known = [self._known(v, op.name in _SUMS) for v in op.ins]
+        known = [self.known(v, op.name in _SUMS) for v in op.ins]
         if op.name in OWN:  # zero gives zero; what they give elsewhere depends on other slots or on a draw
             return 0 if any(k is not None and k == 0 for v, k in zip(op.ins, known) if v in self.mixing) else None
         if op.name in ("mul", "and") and any(k is not None and k == 0 for k in known):
@@ -364,9 +373,9 @@ class Flow:
 
     def _is_steep(self, op: Op) -> bool:
         """Whether an operation has an infinite slope at an empty slot: times a gradient of zero that would be NaN."""
-        return is_steep(op, [self._known(v, False) for v in op.ins], [v in self.mixing for v in op.ins])
+        return is_steep(op, [self.known(v, False) for v in op.ins], [v in self.mixing for v in op.ins])
 
-    def _known(self, value: Value, shifts: bool) -> Any:
+    def known(self, value: Value, shifts: bool) -> Any:
         """What an empty slot holds in an operand; a parameter vector that is *added* (`shifts`) is zero there."""
         if value in self.empty:
             return self.empty[value]
@@ -376,10 +385,10 @@ class Flow:
             return _zero(value)
         op = self._wiring.made_by.get(value)
         if op is not None and op.name in ("broadcast_in_dim", "convert_element_type", "reshape"):
-            return self._known(op.ins[0], shifts)
+            return self.known(op.ins[0], shifts)
         if op is not None and shifts and op.name in ("mul", "div") and self._axes.parameter_only(value):
             factors = op.ins[:1] if op.name == "div" else op.ins  # a running mean, times its momentum
-            return 0 if any(k is not None and k == 0 for k in (self._known(v, shifts) for v in factors)) else None
+            return 0 if any(k is not None and k == 0 for k in (self.known(v, shifts) for v in factors)) else None
         return None
 
     def _meet_parameters(self, op: Op) -> None:

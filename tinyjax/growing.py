@@ -81,19 +81,26 @@ def grow_site(
         neurons = recipe.orient(recipe.loss, params, parts.estimation, site, neurons)
     norm_at = _birth(recipe, site, parts, params, neurons)
 
-    def grown(gamma: Array) -> tuple[Params, Array]:
-        signed = neurons._replace(alpha=jnp.sign(gamma) * neurons.alpha, omega=jnp.sign(gamma) * neurons.omega)
+    def grown(gamma: Array, sign: Array | float = 1.0) -> tuple[Params, Array]:
+        alpha, omega = jnp.sign(gamma) * neurons.alpha, sign * jnp.sign(gamma) * neurons.omega
+        signed = neurons._replace(alpha=alpha, omega=omega)
         return write(params, site, signed, amplitude=jnp.abs(gamma), limit=wanted, birth=norm_at(gamma))
 
     straight = _leaves((*site.producers, *site.consumers))
     if neurons.delta is not None or (site.stream is not None and site.stream.normed):
         straight -= _leaves(site.consumers)
-    along, coordinate = _along(site, grown)
-    loss_at = _loss_along(recipe, recipe.amplitude, parts, params, along, straight)
-    found = recipe.amplitude(
-        lambda gamma: loss_at(coordinate(gamma)), dtype=neurons.alpha.dtype, unit=unit_of(loss_before, slopes)
-    )
-    candidate, born = grown(found.amplitude)
+
+    def search(sign: Array | float) -> LineSearch:
+        along, coordinate = _along(site, partial(grown, sign=sign))
+        loss_at = _loss_along(recipe, recipe.amplitude, parts, params, along, straight)
+        dtype, unit = neurons.alpha.dtype, unit_of(loss_before, slopes)
+        return recipe.amplitude(lambda gamma: loss_at(coordinate(gamma)), dtype=dtype, unit=unit)
+
+    if statistics.is_flat and searches(recipe.amplitude):
+        found, sign = _of_either_sign(search, neurons.omega.dtype)
+    else:
+        found, sign = search(1.0), 1.0
+    candidate, born = grown(found.amplitude, sign)
     loss_grown = recipe.loss(candidate, parts.whole)
     kept = loss_grown <= loss_updated
     params, born = _select(kept, candidate, params), born & kept
@@ -145,6 +152,14 @@ def _heard(neurons: Neurons) -> Neurons:
     """The neurons without those that read nothing: in a frozen fan-in they never would."""
     reads = jnp.any(neurons.alpha.reshape(-1, neurons.alpha.shape[-1]) != 0, axis=0)
     return neurons._replace(omega=jnp.where(reads[:, None], neurons.omega, 0))
+
+
+def _of_either_sign(search: Callable[[Array], LineSearch], dtype: jnp.dtype) -> tuple[LineSearch, Array]:
+    """The better search of those with what neurons write as it is and turned, where the slope at 0 does not tell."""
+    signs = jnp.array([1, -1], dtype)
+    both = jax.lax.map(search, signs)
+    best = jnp.argmin(jnp.where(jnp.isnan(both.loss), jnp.inf, both.loss))
+    return jax.tree.map(lambda x: x[best], both), signs[best]
 
 
 def _along(

@@ -35,6 +35,7 @@ from tinyjax.methods import (
     random0,
     tiny0,
 )
+from tinyjax.methods.base import require_array
 from tinyjax.moves import bounded_squares
 from tinyjax.optimizer import reset_grown
 from tinyjax.parts import Parts, split_batch
@@ -45,6 +46,7 @@ from tinyjax.slots import require_growable
 from tinyjax.statistics import Statistics, without_rows
 from tinyjax.surgery import Frozen, Trainable, everything, frozen_leaves, frozen_rows, require_unfrozen
 from tinyjax.trace import batch_size, trace
+from tinyjax.whole import whole_number
 
 Orient = Callable[..., Neurons]
 held_out_best_update = partial(best_update, ridge=held_out_update)
@@ -119,8 +121,7 @@ def make_grow_step(
         (12, True)
     """
     sites = as_sites(sites)
-    counts = _by_name(sites, num_neurons, "num_neurons")
-    _check_static(sites, counts, method, amplitude, fill)
+    counts = _check_static(sites, _by_name(sites, num_neurons, "num_neurons"), method, amplitude, fill)
     if amplitude is None:
         amplitude = fixed(1.0) if is_function_preserving(method) else line_search
 
@@ -209,6 +210,8 @@ def make_grow_step(
     ) -> tuple[Any, ...]:
         wanted = counts if neurons is None else {name: 0 for name in sites.names} | _by_name(sites, neurons, "neurons")
         _check_wanted(wanted, counts)
+        if key is not None:
+            require_array(key)
         batch_size(batch)
         result = compiled(
             params, batch, opt_state, key, {name: jnp.asarray(k, jnp.int32) for name, k in wanted.items()}, inputs or {}
@@ -267,22 +270,24 @@ def _by_name(sites: Sites, value: Any, what: str) -> dict[str, Any]:
     return dict(value)
 
 
-def require_counts(sites: Sites, counts: Mapping[str, Any]) -> None:
-    """Raises a ValueError unless every site has a static number of neurons of at least 1."""
+def require_counts(sites: Sites, counts: Mapping[str, Any]) -> dict[str, int]:
+    """The static number of neurons of every site, or a ValueError unless it is at least 1."""
+    found = {}
     for site in sites:
         if site.name not in counts:
             raise ValueError(f"`num_neurons` has no entry for site `{site.name}`")
-        k = counts[site.name]
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"`num_neurons` of site `{site.name}` must be an int of at least 1, got {k!r}")
+        what = f"`num_neurons` of site `{site.name}`"
+        found[site.name] = whole_number(counts[site.name], what, least=1, clause="an int of at least 1")
+    return found
 
 
 def _check_static(
-    sites: Sites, counts: Mapping[str, int], method: Method, amplitude: Amplitude | None, fill: Method | None
-) -> None:
+    sites: Sites, counts: Mapping[str, Any], method: Method, amplitude: Amplitude | None, fill: Method | None
+) -> dict[str, int]:
+    """The number of neurons by site, or a ValueError for choices that do not go together."""
     if not sites:
         raise ValueError("`sites` is empty: there is nothing to grow. Print `find_sites(...)` to see why")
-    require_counts(sites, counts)
+    counts = require_counts(sites, counts)
     for site in sites:
         require_growable(site)
         k = counts[site.name]
@@ -301,11 +306,12 @@ def _check_static(
             raise ValueError(f"`{what}` must be a function, such as `tinyjax.{choice}`; got {choice!r}")
     if fill is not None and not is_function_preserving(fill):
         raise ValueError("`fill` must keep the function (`random0` does): it is written without a line search")
+    return counts
 
 
 def _check_wanted(wanted: Mapping[str, Any], counts: Mapping[str, int]) -> None:
     for name, k in wanted.items():
-        if not isinstance(k, Tracer) and not 0 <= int(k) <= counts[name]:
+        if not isinstance(k, Tracer) and not 0 <= whole_number(k, f"`neurons` of site `{name}`") <= counts[name]:
             raise ValueError(
-                f"`neurons` asks for {int(k)} at site `{name}`; this grow_step was made for 0 .. {counts[name]}"
+                f"`neurons` asks for {k} at site `{name}`; this grow_step was made for 0 .. {counts[name]}"
             )

@@ -1,6 +1,7 @@
 """Hidden layers: one product writes the dimension, aligned products read it, empty slots are silent; or why not."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from jaxtyping import Array
 
@@ -15,6 +16,7 @@ from tinyjax.norms import find_norm, roles
 from tinyjax.path import Path, Verdict, readers
 from tinyjax.rowweights import lay_out_weight
 from tinyjax.rules import BETWEEN_ACTIVATIONS, INPUT, SAMPLES, SHARED_HEADS
+from tinyjax.slopes import slope_at_empty
 from tinyjax.tangent import find_tangent
 from tinyjax.trace import VIEWS, Value
 from tinyjax.uses import Use, aligned
@@ -143,6 +145,7 @@ def _path(
             raise Unaligned(flow.mixing[read] or f"`{producer.leaf}` produces it together with another axis")
         return _mixed_path(model, producer, consumers, flow, dimension)
     pools, weights = flow.pools[read], flow.weights[read]
+    slope = partial(slope_at_empty, model.wiring, flow, producer.op.outs[0], read)
     if is_rowwise(producer, consumers, pools):
         for use in consumers:
             if len([f for f in use.inputs.cols if use.input_atoms[f] is not None]) > 1:
@@ -152,17 +155,18 @@ def _path(
         laid = tuple(lay_out_weight(model.axes, weight, producer) for weight in weights)
         readers = tuple(aligned(c, order) for c in consumers)
         if gate is None:
-            return Path(producer, readers, None, laid, activation=_activation(model, producer, read))
+            activation = _activation(model, producer, read)
+            return Path(producer, readers, None, laid, activation=activation, slope=slope)
         if not is_rowwise(producer, [gate.use], ()) or gate.use.op.scans != producer.op.scans:
             raise Unaligned(f"its gate `{gate.use.leaf}` has other rows than `{producer.leaf}`")
-        return Path(producer, readers, None, laid, aligned(gate.use, order), gate.activation)
+        return Path(producer, readers, None, laid, aligned(gate.use, order), gate.activation, slope=slope)
     if gate is not None:
         raise Unaligned("a gated unit between convolutions or poolings")
     if weights:
         ops = ", ".join(f"`{weight.op.name}`" for weight in weights)
         raise Unaligned(f"its rows are weighted one by one in {ops}, between convolutions or poolings")
     geometry, producer, consumers = lay_out(model.axes, producer, consumers, pools, dimension)
-    return Path(producer, consumers, geometry)
+    return Path(producer, consumers, geometry, slope=slope)
 
 
 def _activation(model: Dimensions, producer: Use, read: Value) -> Callable[[Array], Array] | None:

@@ -85,6 +85,9 @@ def check(info: GrowthInfo) -> None:
         >>> params, info = jax.jit(grow_step)(params, batch, key)
         >>> tinyjax.check(info)
     """
+    if not isinstance(info, GrowthInfo):
+        whole = f"all {len(info)} results of a growth: pass the last" if isinstance(info, tuple) else repr(info)
+        raise ValueError(f"`info` must be the `GrowthInfo` that a `grow_step` returns last, got {whole}")
     for name, status in info.status.items():
         if status == Status.NON_FINITE:
             raise ValueError(f"site `{name}`: {_not_finite(info, name)}")

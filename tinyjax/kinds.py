@@ -1,6 +1,7 @@
 """What is no hidden layer and grows: recurrent units, residual streams, query-key dimensions, whole heads."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from tinyjax.atoms import Atom, root, roots
 from tinyjax.attention import Head, find_replay, find_scores, require_same_heads, value_product
@@ -9,7 +10,7 @@ from tinyjax.dimensions import Dimensions
 from tinyjax.geometry import Unaligned
 from tinyjax.hidden import find_layer, static_reason
 from tinyjax.path import Path, Verdict, readers
-from tinyjax.recurrence import find_recurrence
+from tinyjax.recurrence import Cell, find_recurrence
 from tinyjax.rules import BETWEEN_ACTIVATIONS, contraction
 from tinyjax.stream import find_stream, is_summed, num_writers
 from tinyjax.tangent import heads_as_layers, heads_first
@@ -36,7 +37,10 @@ def find_recurrent_units(
         for op, _ in model.entries.get(leaf, ()):
             if op not in found.seen:
                 return Verdict(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
-    paths = tuple(Path(next(iter(cell.terms.values())), uses, cell=cell) for cell, uses in found.cells)
+    paths = tuple(
+        Path(next(iter(cell.terms.values())), uses, cell=cell, slope=partial(_slope, cell))
+        for cell, uses in found.cells
+    )
     leaves = list(dict.fromkeys(use.leaf for use in producers))
     terms = [use for cell, _ in found.cells for use in cell.terms.values()]
     return Verdict("", paths, sorted(terms, key=lambda use: leaves.index(use.leaf)), readers(paths), found.found)
@@ -47,6 +51,10 @@ def _how_it_recurs(model: Dimensions, producers: Sequence[Use], consumers: Seque
     both = [use.leaf for use in producers if any(use.leaf == other.leaf for other in consumers)]
     steps = any(use.op.scans for use in (*producers, *consumers)) or len(set(both)) < len(both)
     return "it recurs" if steps else f"`{both[0]}` both reads and writes it"
+
+
+def _slope(cell: Cell) -> float | None:
+    return cell.slope
 
 
 def may_be_stream(model: Dimensions, dimension: Atom, consumers: Sequence[Use]) -> bool:

@@ -17,6 +17,10 @@ from tinyjax.tangent import Tangent
 from tinyjax.uses import Use
 
 
+def _whole() -> float:
+    return 1.0
+
+
 class Path(NamedTuple):
     """One way through a site: a product that writes the dimension and the products that read it.
 
@@ -33,6 +37,8 @@ class Path(NamedTuple):
         tangent: what lies between the two where rows are mixed or slots come in heads; None where rows are kept.
         head: queries, keys and what becomes of them, where a slot is a whole attention head; the producer makes values.
         branches: of a residual stream, all its writers on their way to the consumers, which read one tensor.
+        slope: measures how much of what the producer makes in an empty slot arrives at the consumers, see
+            `slope_at_empty`; 1 where the rows that are summed hold it already.
     """
 
     producer: Use
@@ -46,6 +52,7 @@ class Path(NamedTuple):
     cell: Cell | None = None
     head: Head | None = None
     branches: tuple[Branch, ...] = ()
+    slope: Callable[[], float | None] = _whole
 
     def taps(self) -> dict[tuple[int, ...], int]:
         """The operands to record besides those of the uses, by address."""

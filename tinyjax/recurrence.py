@@ -13,6 +13,7 @@ from tinyjax.atoms import Atom, root, roots
 from tinyjax.dimensions import Dimensions
 from tinyjax.geometry import Unaligned
 from tinyjax.layout import Layout
+from tinyjax.slopes import mean_slope, step_of
 from tinyjax.states import NONE, Along, Held, States
 from tinyjax.trace import Op, Scan, Value
 from tinyjax.uses import Use, leaf_factors
@@ -28,11 +29,13 @@ class Cell(NamedTuple):
         length: how many states there are for each row of the other axes.
         terms: the products that are summed, by leaf.
         reads: for each consumer of the path, the state that it reads at each of its steps, -1 for one from elsewhere.
+        slope: of a state in the sum, at 0; None where it is not finite.
     """
 
     length: int
     terms: Mapping[str, Use]
     reads: tuple[tuple[int, ...], ...]
+    slope: float | None
 
 
 class Recurrence(NamedTuple):
@@ -94,7 +97,10 @@ def find_recurrence(
         # What a product adds to the next state it does not add as a consumer with a bias of its own.
         laid = tuple(dataclasses.replace(_laid(use, found.along, order), bias=None) for use, found in held.items())
         if laid:
-            cells.append((Cell(states.length, terms, tuple(found.steps for found in held.values())), laid))
+            reads = tuple(found.steps for found in held.values())
+            above, below = next(iter(held.values())).near
+            slope = mean_slope(above, below, step=step_of(one.value.dtype))
+            cells.append((Cell(states.length, terms, reads, slope), laid))
     for use in consumers:
         if use not in read and model.wiring.scalar(use.input_value) != 0:
             raise Unaligned(f"`{use.leaf}` reads it where no state is made")

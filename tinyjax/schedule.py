@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tinyjax.whole import whole_number
+
 Widths = Mapping[str, int]
 Additions = dict[str, int]
 Cost = Callable[[str, Widths], float]
@@ -197,7 +199,7 @@ def early(total: int, events: int, *, final: int | Mapping[str, int], fraction: 
     if not 0 < fraction <= 1:
         raise ValueError(f"`fraction` must be in (0, 1], got {fraction}")
     span = int(fraction * total)
-    if not 1 <= events <= span:
+    if not 1 <= whole_number(events, "`events`") <= span:
         raise ValueError(f"`events` must be in 1 .. {span}, the steps that `fraction` leaves for growth; got {events}")
     left = {(i + 1) * span // events: events - i for i in range(events)}
     room = _room(None, final)
@@ -212,8 +214,8 @@ def early(total: int, events: int, *, final: int | Mapping[str, int], fraction: 
 
 
 def _calendar(period: int, start: int, until: int | None) -> Callable[[int], bool]:
-    if period < 1:
-        raise ValueError(f"`period` must be at least 1 step, got {period}")
+    period = whole_number(period, "`period`", least=1, clause="at least 1 step")
+    start = whole_number(start, "`start`")
     return lambda step: step >= start and (until is None or step < until) and (step - start) % period == 0
 
 
@@ -222,8 +224,8 @@ def _room(neurons: int | Mapping[str, int] | None, final: int | Mapping[str, int
     for what, value in (("neurons", neurons), ("final", final)):
         numbers: Iterable[Any] = value.values() if isinstance(value, Mapping) else (value,)
         for number in numbers:
-            if number is not None and number < 1:
-                raise ValueError(f"`{what}` must be at least 1, got {number}")
+            if number is not None:
+                whole_number(number, f"`{what}`", least=1)
 
     def room(widths: Widths) -> Additions:
         for value in (neurons, final):

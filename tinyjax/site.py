@@ -257,8 +257,20 @@ def as_sites(sites: "Site | Iterable[Site]") -> Sites:
     """A `Sites` from one site, a sequence of sites, or a `Sites`."""
     if isinstance(sites, Sites):
         return sites
+    if not isinstance(sites, Iterable | Site):
+        raise ValueError(f"`sites` must be sites from `find_sites`, got {sites!r}")
     listed = (sites,) if isinstance(sites, Site) else tuple(sites)
     for site in listed:
         if not isinstance(site, Site):
             raise ValueError(f'`sites` must hold `Site`s, got {site!r}; take them from `find_sites`: `sites["w"]`')
     return Sites(listed)
+
+
+def require_site(site: object) -> None:
+    """Raises a ValueError for anything else than one site."""
+    if isinstance(site, Site):
+        return
+    if isinstance(site, Sites):
+        raise ValueError(f"`site` must be one `Site`, got {len(site)} `Sites`: pass them one by one, `sites[0]`")
+    name = site if isinstance(site, str) else "w"
+    raise ValueError(f'`site` must be a `Site`, got {site!r}; take it from `find_sites`: `sites["{name}"]`')

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from tinyjax.layout import Layout, Params, live, require_leaves
-from tinyjax.site import Kernel, Site, Sites
+from tinyjax.site import Kernel, Site, Sites, require_site
 
 T = TypeVar("T")
 
@@ -66,7 +66,8 @@ def width(params: Params, site: Site) -> Int[Array, ""]:
         >>> int(tinyjax.width(params, site)), site.capacity
         (4, 12)
     """
-    return site.capacity - jnp.sum(free_slots(params, site), dtype=jnp.int32)
+    free = free_slots(params, site)
+    return site.capacity - jnp.sum(free, dtype=jnp.int32)
 
 
 def matrices(params: Params, site: Site) -> tuple[Float[Array, "*L D C"], Float[Array, "*L H M"]]:
@@ -168,6 +169,7 @@ def cols(kernel: Kernel) -> int:
 
 def require_growable(site: Site) -> None:
     """Raises the reason why a site cannot grow, as a ValueError."""
+    require_site(site)
     if not site.growable:
         raise ValueError(f"site `{site.name}` cannot grow: {site.reason}. Pass `sites.growable` to leave it out.")
     for producer in site.producers:
@@ -212,6 +214,7 @@ def gates(site: Site) -> tuple[Kernel, ...]:
 
 def site_leaves(params: Params, site: Site) -> dict[str, Array]:
     """The leaves of a site by path, checked for presence, shape and dtype."""
+    require_site(site)
     kernels = (*site.producers, *site.consumers, *gates(site))
     layouts: list[Layout] = [m.layout for m in site.members] + [k.layout for k in kernels]
     layouts += [k.bias for k in kernels if k.bias is not None]

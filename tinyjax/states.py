@@ -15,6 +15,7 @@ from tinyjax.constants import at_numbers, is_steep
 from tinyjax.dimensions import Dimensions
 from tinyjax.geometry import Unaligned
 from tinyjax.rules import ELEMENTWISE
+from tinyjax.slopes import step_of
 from tinyjax.trace import Op, Scan, Value
 from tinyjax.uses import Use
 from tinyjax.wiring import is_view
@@ -35,6 +36,7 @@ class Held(NamedTuple):
         source: the last tensor on its way that is more than a rearrangement of states.
         empty: what an empty unit holds.
         culprit: the operation by which that is not zero, or "".
+        near: what it holds where the sum of products is a little above 0, and a little below, see `step_of`.
     """
 
     steps: tuple[int, ...]
@@ -42,6 +44,7 @@ class Held(NamedTuple):
     source: Value
     empty: Any
     culprit: str = ""
+    near: tuple[Any, Any] = (0.0, 0.0)
 
 
 class States:
@@ -61,7 +64,9 @@ class States:
         self.along: Scan | None = scans[0] if scans else None
         self.length = 1 if self.along is None else self.along.length
         self._model, self._dimension = model, dimension
-        first = Held(tuple(range(self.length)), self.along, start, np.zeros((), start.dtype))
+        step = step_of(start.dtype)
+        near = (np.asarray(step, start.dtype), np.asarray(-step, start.dtype))
+        first = Held(tuple(range(self.length)), self.along, start, np.zeros((), start.dtype), near=near)
         self.held: dict[Value, Held] = {start: first}
         self.reads: dict[Use, Held] = {}
         ends = {use.op for use in readers}
@@ -125,7 +130,9 @@ class States:
             raise Unaligned(f"the gradient of `{op.name}` is not finite where a neuron is empty")
         empty = at_numbers(op, numbers)
         culprit = next((held.culprit for held in inside if held.culprit), op.name) if empty != 0 else ""
-        self.held[op.outs[0]] = Held(first.steps, first.along, op.outs[0], empty, culprit)
+        beside = [[self.held[v].near[i] if v in self.held else k for v, k in zip(op.ins, numbers)] for i in (0, 1)]
+        near = (at_numbers(op, beside[0]), at_numbers(op, beside[1]))
+        self.held[op.outs[0]] = Held(first.steps, first.along, op.outs[0], empty, culprit, near)
 
     def _carried(self, op: Op) -> None:
         """The result of a step is what the next one begins with, and that of the last one is left."""

@@ -17,6 +17,9 @@ from jaxtyping import Array
 
 from tinyjax.spectra import Spectra, Spectrum
 
+_FLAT = 1e-3
+LINEAR = ("cross_prev", "cross_asked", "link")
+"""The sums in which b_prev enters once."""
 _SUMS = (
     "count",
     "gram_prev",
@@ -121,6 +124,9 @@ class Statistics:
             if it has a bias, and H the inputs of all readers: `gram`, `cross` and `weight` are block-diagonal.
         reads: (R, Q) 1 where an output belongs to the reader, else 0; None elsewhere.
         normed: whether a norm sees what a new neuron writes, so that only a fan-in of zero changes nothing.
+        slope: sigma'(0), of all that lies between producer and consumers. b_prev in N~ and P carries its sign (what a
+            slot makes falls at the consumers where the slope is negative), so that methods need not look; 1 where it
+            carries the slope itself. None where it is no number, or differs between the uses of a kernel.
     """
 
     count: Array
@@ -152,6 +158,12 @@ class Statistics:
     grams: Array | None = None
     reads: Array | None = None
     normed: bool = dataclasses.field(default=False, metadata={"static": True})
+    slope: float | None = dataclasses.field(default=1.0, metadata={"static": True})
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the slope tells no sign: it is not known, or nothing."""
+        return self.slope is None or abs(self.slope) < _FLAT
 
 
 class Moments(NamedTuple):
@@ -176,6 +188,15 @@ class Moments(NamedTuple):
     third_moments: Array | None = None
     grams: Array | None = None
     reads: Array | None = None
+
+
+def turned(statistics: Statistics) -> Statistics:
+    """The statistics of the network whose slots act with the other sign: N~ and P are linear in b_prev, S is even."""
+    null, slope = statistics.null, statistics.slope
+    if null is not None:
+        null = null._replace(cross_prev=-null.cross_prev, link=-null.link)
+    linear = {name: None if (x := getattr(statistics, name)) is None else -x for name in LINEAR}
+    return dataclasses.replace(statistics, null=null, slope=None if slope is None else -slope, **linear)
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:

@@ -20,7 +20,7 @@ from tinyjax.rowsums import halves, row_sums, tangent_sums, with_constant
 from tinyjax.scores import score_sums
 from tinyjax.site import Site
 from tinyjax.slots import consumers_have_bias, matrices, producers_have_bias, width
-from tinyjax.statistics import Pattern, Statistics, moments
+from tinyjax.statistics import LINEAR, Pattern, Statistics, moments
 from tinyjax.tangent import carry
 from tinyjax.writers import brought, side_by_side
 
@@ -54,7 +54,10 @@ def site_sums(
         once = partial(projection, project, site, params, num_samples)
         conv = {"project": once, "asked": False, "link_limit": 0} | conv
     options = num_samples, energy_matrix, signs, offset_gram, gates, conv, shares
+    slopes = [path.slope() if path.tangent is None else path.tangent.sign for path in paths]
     parts = [_path_sums(site, path, captured, *options) for path in paths]
+    # What is carried along a tangent has its sign.
+    parts = [x if path.tangent is not None else _rising(x, s) for x, path, s in zip(parts, paths, slopes)]
     grams, reads = None, None
     if site.stream is not None:
         total, grams, reads = side_by_side(parts)
@@ -82,7 +85,19 @@ def site_sums(
         grams=grams,
         reads=reads,
         normed=site.stream is not None and site.stream.normed,
+        slope=slopes[0] if len(set(slopes)) == 1 else None,
     )
+
+
+def _rising(sums: Sums, slope: float | None) -> Sums:
+    """The sums with the sign of the slope in b_prev: N~ and P are linear in it, S is even."""
+    if slope is None or slope >= 0:
+        return sums
+    null = sums.null
+    if null is not None:
+        null = null._replace(cross_prev=-null.cross_prev, link=-null.link)
+    linear = {name: None if (x := getattr(sums, name)) is None else -x for name in LINEAR}
+    return sums._replace(**linear, null=null)
 
 
 def projection(ridge: Ridge, site: Site, params: Params, num_samples: int, gram: Array, cross: Array) -> Projection:

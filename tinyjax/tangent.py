@@ -21,12 +21,14 @@ from tinyjax.flow import Flow
 from tinyjax.geometry import Unaligned
 from tinyjax.layout import Layout
 from tinyjax.rules import ELEMENTWISE, contraction
+from tinyjax.slopes import carried_near
 from tinyjax.trace import Graph, Op, Value
 from tinyjax.uses import Use
 from tinyjax.wiring import Wiring, is_view
 
 _SUMS = ("add", "add_any", "sub")
 _AXES = {"reduce_sum": "axes", "rev": "dimensions", "cumsum": "axis"}  # by which parameter they name their axes
+_KINKS = ("select_n", "clamp")  # those of `max`, `min` and `abs` JAX knows
 _ALONG_ROWS = ("dot_general", "reduce_sum", "broadcast_in_dim", "slice", "rev", "cumsum")
 
 
@@ -43,6 +45,7 @@ class Tangent(NamedTuple):
         slot: factor of the product's output that counts slots.
         read: the value it ends in.
         layout: of that value; its columns are (heads, offsets, slots).
+        near: what a slot holds, for every value on the way, where the product is a little above 0 and a little below.
     """
 
     ops: tuple[Op, ...]
@@ -54,6 +57,13 @@ class Tangent(NamedTuple):
     slot: int
     read: Value
     layout: Layout
+    near: tuple[Mapping[Value, Any], Mapping[Value, Any]]
+
+    @property
+    def sign(self) -> float:
+        """Of the slope, which what is carried along the path holds; 1 where there is none."""
+        above, below = (float(side[self.read]) for side in self.near)
+        return -1.0 if above < below else 1.0
 
 
 def find_tangent(
@@ -140,7 +150,9 @@ def slot_path(
         f for f, a in enumerate(producer.output_atoms) if f in producer.outputs.cols and a and root(a) is dimension
     )
     empty = {v: flow.empty[v] for op in ops for v in op.ins if v in flow.mixing}
-    return Tangent(tuple(ops), taps, factors, scalars, empty, producer, slot, read, layout)
+    start = producer.op.outs[0]
+    near = (carried_near(wiring, flow, start, ops, 1), carried_near(wiring, flow, start, ops, -1))
+    return Tangent(tuple(ops), taps, factors, scalars, empty, producer, slot, read, layout, near)
 
 
 def carry(tangent: Tangent, x: Array, recorded: Mapping[Address, Array]) -> Array:
@@ -194,8 +206,13 @@ def _derivative(tangent: Tangent, op: Op, carried: Mapping[Value, Array], record
         (out,) = evaluate(eqn, [*_replaced(values, moving, operands)])
         return out
 
-    at = [jnp.full(op.ins[i].shape, tangent.empty[op.ins[i]], op.ins[i].dtype) for i in moving]
-    return jax.jvp(run, at, [carried[op.ins[i]] for i in moving])[1]
+    def derivative(held: Mapping[Value, Any]) -> Array:
+        at = [jnp.full(op.ins[i].shape, held[op.ins[i]], op.ins[i].dtype) for i in moving]
+        return jax.jvp(run, at, [carried[op.ins[i]] for i in moving])[1]
+
+    if op.name in _KINKS:  # the mean slope of both sides, whatever the derivative at 0 is defined to be
+        return (derivative(tangent.near[0]) + derivative(tangent.near[1])) / 2
+    return derivative(tangent.empty)
 
 
 def _replaced(values: Sequence[Any], where: Sequence[int], new: Sequence[Array]) -> list[Any]:

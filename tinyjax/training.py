@@ -6,6 +6,7 @@ caller.
 """
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from tinyjax.averaging import require_mean_in_parts
 from tinyjax.growth import make_grow_step, require_counts
 from tinyjax.info import GrowthInfo, check
 from tinyjax.layout import Params, named_leaves, replace_leaves
+from tinyjax.optimizer.reset import require_state
 from tinyjax.parts import FEWEST
 from tinyjax.schedule import Schedule
 from tinyjax.site import Site, Sites, as_sites
@@ -37,6 +39,7 @@ from tinyjax.surgery import (
 from tinyjax.surgery.capacity import Policy
 from tinyjax.surgery.trained import trained_names
 from tinyjax.trace import batch_size, has_samples, map_samples, take_samples
+from tinyjax.whole import whole_number
 
 LossFn = Callable[..., Any]
 WithAux = Callable[[Params, Any], Params]
@@ -271,28 +274,37 @@ def fit(
     else:
         found, refused = as_sites(sites), Sites(())
         require_unfrozen(found, frozen)
-    most = per_site(found, num_neurons)
-    require_counts(found, most)
+    most = require_counts(found, per_site(found, num_neurons))
     policy = multiple_of(8) if policy is None and make_loss is not None else policy
-    samples = per_site(found, growth_samples)
+    if policy is not None and not callable(policy):
+        raise ValueError(f"`policy` must be a function, such as `tinyjax.multiple_of(8)`, got {policy!r}")
+    if final is not None and not isinstance(final, Mapping):
+        raise ValueError(f"`final` must be a dict of widths by site name, got {final!r}")
+    samples = {name: whole_number(k, "`growth_samples`") for name, k in per_site(found, growth_samples).items()}
     if min(samples.values(), default=FEWEST) < FEWEST:
         raise ValueError(f"`growth_samples` must be at least {FEWEST} samples, got {growth_samples}")
-    if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"`micro_batch` must be at least 1 sample, got {micro_batch}")
     if micro_batch is not None:
+        micro_batch = whole_number(micro_batch, "`micro_batch`", least=1)
         require_mean_in_parts(loss_fn, params, take_samples(first, 0, micro_batch), has_aux=has_aux)
     options = dict(optimizer=optimizer, trainable=trainable, has_aux=has_aux) | growth
     compiled = _Compiled(loss_fn, found, most, options, with_aux, programs, history)
-    opt_state = optimizer.init(trainable(params)) if opt_state is None else opt_state
+    if opt_state is None:
+        opt_state = optimizer.init(trainable(params))
+    require_state(optimizer, opt_state, trainable(params))
     widths = _widths(params, found)
     if policy is not None:
         policy(widths, final)  # what it lacks shall be said now, not when a site is full
-    history = tuple(history)
+    history, told = tuple(history), set[str]()
     for done in itertools.count(step):
         if not stream.has_next():
             return
         info = None
         wanted = _wanted(schedule(done, widths, history), found, most, refused)
+        if not (wanted or told or history or policy) and all(widths[site.name] == site.capacity for site in found):
+            # Full from the start: would the schedule grow a network with room?
+            asked = schedule(done, dict.fromkeys(widths, 1), history)
+            _tell_full([site for site in found if asked.get(site.name, 0) > 0])
+            told |= asked.keys()
         if wanted:
             needed = {name: w + wanted.get(name, 0) for name, w in widths.items()}
             if policy is not None and any(needed[site.name] > site.capacity for site in found):
@@ -312,6 +324,8 @@ def fit(
                 compiled = _Compiled(loss_fn, found, most, options, with_aux, programs)
             fits = {name: min(k, found[name].capacity - widths[name]) for name, k in wanted.items()}
             fits = {name: k for name, k in fits.items() if k}
+            _tell_full([found[name] for name in wanted if name not in fits and name not in told])
+            told |= wanted.keys() - fits.keys()
             if fits and stream.holds(FEWEST):
                 batch = stream.peek(max(samples[name] for name in fits))
                 params, opt_state, info = compiled.grow(params, opt_state, batch, jax.random.fold_in(key, done), fits)
@@ -336,6 +350,17 @@ def _check_arguments(batches: Any, optimizer: Any, schedule: Any, key: Any) -> N
         )
     if not isinstance(key, (jax.Array, np.ndarray)):
         raise ValueError(f"`key` must be a PRNG key, `jax.random.key(seed)`, got {key!r}")
+
+
+def _tell_full(sites: Sequence[Site]) -> None:
+    """Warns that nothing can grow at sites that the schedule asks for and that have no room."""
+    if sites:
+        names = ", ".join(f"`{site.name}` (all {site.capacity} slots are used)" for site in sites)
+        warnings.warn(
+            f"`fit`: the schedule asks for neurons at {names}, where nothing can grow: empty slots with `thin` before, "
+            "or pass a `policy` that makes room (and `make_loss`, if the model checks shapes)",
+            stacklevel=3,
+        )
 
 
 def _wanted(answer: Any, sites: Sites, most: Mapping[str, int], refused: Sites) -> dict[str, int]:

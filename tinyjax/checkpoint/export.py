@@ -1,5 +1,6 @@
 """A grown network in one file that NumPy reads."""
 
+import io
 import json
 import os
 import tempfile
@@ -50,15 +51,30 @@ def export(path: str | os.PathLike, params: Params, sites: Sites | Sequence[Site
     dtypes = {name: str(leaf.dtype) for name, leaf in leaves.items()}
     header = json.dumps({"format": 1, "widths": widths, "dtypes": dtypes})
     arrays = {HEADER: np.array(header)} | {name: _plain(leaf) for name, leaf in leaves.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()  # a ZIP file that runs out of room would fail again while it is closed
+    np.savez(content, allow_pickle=False, **arrays)
+    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, content.getbuffer())
+    except OSError as error:
+        for folder in missing:
+            if folder.is_dir():
+                folder.rmdir()
+        raise OSError(f"could not export {path}: {error}; what was there before is as it was") from None
+    return widths
+
+
+def _replace(path: Path, content: memoryview) -> None:
+    """Writes a file in one go: all of it or nothing."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+        with os.fdopen(handle, "wb", buffering=0) as file:
+            while content:
+                content = content[file.write(content) :]
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return widths
 
 
 def _plain(leaf: jax.Array) -> np.ndarray:

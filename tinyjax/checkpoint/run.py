@@ -28,6 +28,7 @@ from tinyjax.layout import Params, named_leaves, path_name
 from tinyjax.site import Sites, as_sites
 from tinyjax.slots import width
 from tinyjax.surgery import Trainable, everything
+from tinyjax.whole import whole_number
 
 
 class Initialiser(Protocol):
@@ -114,8 +115,7 @@ def save(
     Example:
         >>> tinyjax.save("run", record, key=key)
     """
-    if keep < 1:
-        raise ValueError(f"`keep` must be at least 1, got {keep}")
+    keep = whole_number(keep, "`keep`", least=1)
     sites = as_sites(record.sites)
     named = {"params": named_leaves(record.params), "opt_state": named_leaves(record.opt_state)}
     packed = {kind: [pack(name, leaf) for name, leaf in leaves.items()] for kind, leaves in named.items()}

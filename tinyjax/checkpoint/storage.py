@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,13 +51,30 @@ def write(
     buffer = np.concatenate([*flat, np.zeros(1, np.uint8)])
     sealed = {"format": FORMAT, "digest": _digest(record), "record": record}
     content = ocp.args.Composite(record=ocp.args.JsonSave(sealed), arrays=ocp.args.PyTreeSave({"bytes": buffer}))
+    before = _entries(Path(directory))
     try:
         with ocp.CheckpointManager(Path(directory).absolute(), options=options) as manager:
             manager.save(step, args=content)
     except (OSError, ValueError) as error:  # TensorStore says with a ValueError that a disk is full
+        _clear(Path(directory), before)
         raise OSError(
             f"could not save {_folder(directory, step)}: {error}; the checkpoints before it are as they were"
-        ) from error
+        ) from None
+
+
+def _entries(directory: Path) -> frozenset[str] | None:
+    """What a folder holds, None where there is none."""
+    return frozenset(path.name for path in directory.iterdir()) if directory.is_dir() else None
+
+
+def _clear(directory: Path, before: frozenset[str] | None) -> None:
+    """Removes what a failed save has written, and the folder if it was not there before."""
+    complete = {str(step) for step in steps(directory)}  # the save may have failed behind its own checkpoint
+    for name in (_entries(directory) or frozenset()) - (before or frozenset()) - complete:
+        left = directory / name
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    if before is None and directory.is_dir() and not _entries(directory):
+        directory.rmdir()
 
 
 def read_record(directory: str | os.PathLike, step: int) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from tinyjax.linalg import Factor, factor
@@ -17,7 +19,8 @@ from tinyjax.methods.heads import over_heads
 from tinyjax.methods.metric import in_outputs, orthonormal
 from tinyjax.methods.readers import born_read
 from tinyjax.methods.update import Ridge
-from tinyjax.statistics import Moments, Statistics
+from tinyjax.statistics import Moments, Statistics, turned
+from tinyjax.whole import whole_number
 
 Method = Callable[..., "Neurons"]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -79,6 +82,10 @@ def traits(
     def declare(method: _F) -> _F:
         @functools.wraps(method)
         def method_of_any(statistics: Statistics, *, num_neurons: int, key: Array | None = None, **options: Any) -> Any:
+            if statistics.slope is not None and statistics.slope < 0:
+                rising = method_of_any(turned(statistics), num_neurons=num_neurons, key=key, **options)
+                copies = function_preserving and rising.delta is not None
+                return rising if copies else _falling(rising)
             one = functools.partial(method, **options)
             plain, basis = orthonormal(statistics)
             if basis is not None:
@@ -96,6 +103,16 @@ def traits(
         return cast(_F, method_of_any)
 
     return declare
+
+
+def _falling(neurons: Neurons) -> Neurons:
+    """The neurons of the network that rises where this one falls at 0: what they write has the other sign.
+
+    A delta stays as it is, and so do neurons of second order.
+    """
+    if neurons.second_order is None:
+        return neurons._replace(omega=-neurons.omega)
+    return neurons._replace(omega=jnp.where(neurons.second_order[:, None] > 0, neurons.omega, -neurons.omega))
 
 
 def declared(function: Callable[..., Any], name: str, default: T) -> T:
@@ -161,14 +178,19 @@ def require_key(key: Array | None, method: str) -> Array:
             f"`{method}` draws random numbers: pass `key=`, a new one at every growth (a key closed over by a jitted "
             "or scanned function would give the same neurons each time)"
         )
-    return key
+    return require_array(key)
+
+
+def require_array(key: Any) -> Array:
+    """The key, or an error for a seed or anything else that is none."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise ValueError(f"`key` must be a PRNG key, `jax.random.key(seed)`, got {key!r}")
+    return cast(Array, key)
 
 
 def require_count(num_neurons: int) -> int:
     """The number of neurons, or an error if there is nothing to add."""
-    if not isinstance(num_neurons, int) or num_neurons < 1:
-        raise ValueError(f"`num_neurons` must be an int >= 1 known at trace time, got {num_neurons!r}")
-    return num_neurons
+    return whole_number(num_neurons, "`num_neurons`", least=1, clause="an int >= 1 known at trace time")
 
 
 def require_no_stream(statistics: Statistics, method: str) -> None:

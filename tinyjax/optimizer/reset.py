@@ -142,7 +142,19 @@ def reset_grown(
             leaf = axes.setdefault(member.leaf, {})
             leaf[axis] = leaf[axis] | vector if axis in leaf else vector
     newborn = {name: axes.get(full, {}) for name, full in trained.items()}
-    return rule(optimizer, opt_state, trainable(params), newborn)
+    part = trainable(params)
+    require_state(optimizer, opt_state, part)
+    return rule(optimizer, opt_state, part, newborn)
+
+
+def require_state(optimizer: optax.GradientTransformation, opt_state: Any, part: Params) -> None:
+    """Raises a ValueError unless a state is one of this optimizer, for these parameters."""
+    expected = jax.tree.structure(jax.eval_shape(optimizer.init, part))
+    if jax.tree.structure(opt_state) != expected:
+        raise ValueError(
+            "`opt_state` is no state of `optimizer` for these parameters: it comes from another optimizer (not wrapped "
+            "in `with_birth`?) or another `trainable`. Make it by `optimizer.init(trainable(params))`"
+        )
 
 
 def _slot_axes(sites: Sites, trained: Mapping[str, str]) -> dict[str, set[int]]:

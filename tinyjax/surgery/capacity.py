@@ -7,6 +7,9 @@ A policy is a pure function of the widths needed now (used slots plus the neuron
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
+
+from tinyjax.whole import whole_number
 
 Capacities = dict[str, int]
 Policy = Callable[[Mapping[str, int], Mapping[str, int] | None], Capacities]
@@ -70,8 +73,7 @@ def multiple_of(multiple: int) -> Policy:
         >>> tinyjax.multiple_of(8)({"fc1": 11, "fc2": 3}, {"fc1": 64, "fc2": 128})
         {'fc1': 16, 'fc2': 32}
     """
-    if multiple < 1:
-        raise ValueError(f"`multiple` must be at least 1, got {multiple}")
+    multiple = whole_number(multiple, "`multiple`", least=1)
 
     def up(n: float) -> int:
         return math.ceil(n / multiple) * multiple
@@ -95,7 +97,7 @@ def geometric(ratio: float) -> Policy:
         >>> tinyjax.geometric(2.0)({"fc1": 11, "fc2": 3}, {"fc1": 64, "fc2": 128})
         {'fc1': 16, 'fc2': 32}
     """
-    if not ratio > 1:
+    if not isinstance(ratio, Real) or not ratio > 1:
         raise ValueError(f"`ratio` must be above 1, got {ratio}")
 
     def up(n: float) -> int:
@@ -132,6 +134,8 @@ def _lock_step(
 
 
 def _final(final: Mapping[str, int], name: str) -> int:
+    if not isinstance(final, Mapping):
+        raise ValueError(f"`final` must be a dict of widths by site name, got {final!r}")
     if final.get(name, 0) < 1:
         raise ValueError(f"`final` gives site `{name}` no width of at least 1; it has {dict(final)}")
     return final[name]

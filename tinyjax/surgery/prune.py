@@ -25,6 +25,7 @@ from tinyjax.slots import (
     site_leaves,
 )
 from tinyjax.surgery.write import empty_slots
+from tinyjax.whole import whole_number
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -66,6 +67,7 @@ def prune(
     require_growable(site)
     if site.stream is not None:
         raise ValueError(f"site `{site.name}` is a residual stream, which `prune` does not refit; `thin` empties slots")
+    num_neurons = whole_number(num_neurons, "`num_neurons`")
     if not 0 <= num_neurons <= site.capacity:
         raise ValueError(f"`num_neurons` {num_neurons} of site `{site.name}` is outside 0 .. {site.capacity}")
     _, weight = matrices(params, site)

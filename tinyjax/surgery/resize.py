@@ -27,6 +27,7 @@ from tinyjax.surgery.capacity import Policy
 from tinyjax.surgery.frozen import frozen_leaves, require_scalable
 from tinyjax.surgery.keeping import Check, require_free_capacity, require_same_loss
 from tinyjax.surgery.trained import Trainable, everything, owner, trained_names
+from tinyjax.whole import whole_number
 
 
 @runtime_checkable
@@ -180,8 +181,7 @@ def _changes(params: Params, sites: Sites, capacities: Mapping[str, int]) -> dic
         require_growable(site)
         require_free_capacity(site, capacity)
         site_leaves(params, site)
-        if not isinstance(capacity, int | np.integer):
-            raise ValueError(f"the capacity of site `{name}` must be an int, got {capacity!r}")
+        capacity = whole_number(capacity, f"the capacity of site `{name}`")
         source = _source(params, site, capacity)
         for member in site.members if capacity != site.capacity else ():
             layout, slot = member.layout, member.layout.slot

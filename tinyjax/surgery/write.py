@@ -34,6 +34,7 @@ from tinyjax.slots import (
     writers,
 )
 from tinyjax.surgery.heads import whole_heads
+from tinyjax.whole import whole_number
 
 
 @runtime_checkable
@@ -85,6 +86,7 @@ def thin(params: Params, sites: Sites | Site, width: int | Mapping[str, int]) ->
     for name, kept in per_site(sites, width).items():
         site = sites[name]
         require_growable(site)
+        kept = whole_number(kept, f"`width` of site `{name}`")
         if not 0 <= kept <= site.capacity:
             raise ValueError(
                 f"`width` {kept} of site `{name}` is outside 0 .. {site.capacity}, its capacity; "
