@@ -160,6 +160,18 @@ def test_several_sites_multiply_a_kernel_between_them():
     np.testing.assert_allclose(whole, evaluate(lambda p: apply(p, jnp.eye(5)), params), rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_roots_that_are_rounded_are_powers(dtype):
+    """A root of the width in the precision of the model; a logarithm is none in any."""
+    loss_fn, params, batch = one_layer(lambda n: 1 / jnp.sqrt(jnp.asarray(n, dtype)))
+    params, batch = jax.tree.map(lambda x: x.astype(dtype), (params, batch))
+    (site,) = tinyjax.find_sites(loss_fn, params, batch)
+    assert site.powers == (("u", 0.5),) and not site.fixed
+    loss_fn, _, _ = one_layer(lambda n: 1 / jnp.log(jnp.asarray(n, dtype)))
+    (site,) = tinyjax.find_sites(loss_fn, params, batch)
+    assert "follows its capacity" in site.fixed
+
+
 # How often the loss is traced
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -42,12 +43,14 @@ class Difference(NamedTuple):
         operand: which operand is the value; -1 for a number of the operation itself.
         ratio: new / old where all entries have the same; None where it is no ratio.
         what: the value, in words.
+        rounding: of the ratio.
     """
 
     op: int
     operand: int
     ratio: float | None
     what: str
+    rounding: float = 8e-6
 
 
 class Structure(NamedTuple):
@@ -205,7 +208,7 @@ def _says_where(op: Op, operand: int) -> bool:
     return (op.name in _FIRST_ONLY and operand > 0) or (op.name in _FIRST_TWO and operand > 1)
 
 
-def _changes(old: Folded, x: Value, new: Folded, y: Value, user: str) -> Iterator[tuple[float | None, str]]:
+def _changes(old: Folded, x: Value, new: Folded, y: Value, user: str) -> Iterator[tuple[Any, ...]]:
     """How a constant changes: () where it does not, one ratio or None with the value in words where it does."""
     if old._class_of(x) == new._class_of(y):
         return
@@ -221,7 +224,8 @@ def _changes(old: Folded, x: Value, new: Folded, y: Value, user: str) -> Iterato
         return
     ratio = next((ratio for ratio in tried if ratio is not None), None)
     word = f"the number {float(a):.6g}" if np.ndim(a) == 0 else f"an array of shape {list(x.shape)}"
-    yield ratio, f"{word} in `{user}`"
+    coarse = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+    yield ratio, f"{word} in `{user}`", 1.5 * float(jnp.finfo(x.dtype).eps) if coarse else 8e-6
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
