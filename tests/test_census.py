@@ -52,6 +52,7 @@ MODELS = {
         [6]),
     "maximum": (lambda dot, p, b: squared(dot(b["x"], p["w"]).max(-1), b["r"]), [6]),
     "logsumexp": (lambda dot, p, b: squared(jax.nn.logsumexp(dot(b["x"], p["w"]), -1), b["r"]), [6]),
+    "median": (lambda dot, p, b: squared(jnp.sort(dot(b["x"], p["w"]), -1)[:, 3], b["r"]), [6]),
     "norm of units": (lambda dot, p, b: squared(jnp.linalg.norm(dot(b["x"], p["w"]), axis=-1), b["r"]), [6]),
     "two towers": (lambda dot, p, b: squared(jnp.sum(
         jnp.tanh(dot(b["x"], p["w"])) * jnp.tanh(dot(b["z"], p["w2"])), -1), b["r"]), [6]),

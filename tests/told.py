@@ -192,6 +192,12 @@ tell("square_block", lambda p, b: (lambda s: jnp.tanh(s + jnp.tanh(s @ p["m"])))
      TWO | draw(11, m=(6, 6)))  # fmt: skip
 
 
+tell("film", lambda p, b: (jnp.tanh(b["z"] @ p["w"]) * (1 + b["z"] @ p["v"]) + b["z"] @ p["m"]) @ p["u"],
+     TWO | draw(9, v=(5, 6), m=(5, 6)))  # fmt: skip
+tell("two_added", lambda p, b: jax.nn.relu(jnp.tanh(b["z"] @ p["w"]) + b["z"] @ p["v"]) @ p["u"],
+     TWO | draw(9, v=(5, 6)))  # fmt: skip
+
+
 # Recurrences
 def of_flax(cell: nn.Module) -> Callable[[], tuple[Any, Any]]:
     net = nn.RNN(cell)

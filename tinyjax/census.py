@@ -21,6 +21,7 @@ _LINEAR = VIEWS | frozenset(
     stop_gradient psum reduce_precision""".split()
 )
 _PICKING = frozenset("slice split dynamic_slice gather select_n pad".split())
+_MIXING = frozenset("sort cumsum cumprod cummax cummin cumlogsumexp".split())
 _CUTTING = ALONG | {"concatenate", "gather", "stack", "unstack", "reshape", "squeeze"}
 
 
@@ -67,6 +68,7 @@ class Census:
         self._met: dict[Atom, tuple[int, Op]] = {}  # with the leaf behind it, and the operation that meets it first
         self._pieces: dict[Atom, dict[Atom, None]] = {}  # what becomes of a dimension that is cut or concatenated
         self._cuts: set[Op] = set()
+        self._mixed: set[Atom] = set()  # entries that depend on all of another dimension
         self._whole: dict[Atom, dict[Atom, None]] = {}  # the other way round
         self._reached: set[Atom] = set()  # by activations
         for op in self._ops:
@@ -148,6 +150,8 @@ class Census:
             for old, new in pairs:
                 for a, b in ((a, b) for a in old if a not in new for b in new if b not in old):
                     self._cuts.add(op)
+                    if op.name in _MIXING:
+                        self._mixed.add(b)
                     self._pieces.setdefault(a, {})[b] = None
                     self._whole.setdefault(b, {})[a] = None
 
@@ -202,7 +206,7 @@ class Census:
         endings = self._endings.get(atom, ())
         for op, _ in endings:
             pieces = self._pieces.get(atom, ()) if op in self._cuts else ()
-            cut = bool(pieces) or op.name in _PICKING  # single entries are told apart by the model's code
+            cut = bool(pieces) or (op.name in _PICKING and atom not in self._mixed)  # entries told apart by code
             if cut and all(self._is_accounted(piece) for piece in pieces):
                 continue
             if any(out in self._open for out in op.outs) or self._multiplies(op):

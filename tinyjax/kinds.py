@@ -12,7 +12,7 @@ from tinyjax.hidden import find_layer, static_reason
 from tinyjax.path import Path, Verdict, readers
 from tinyjax.recurrence import Cell, find_recurrence
 from tinyjax.rules import BETWEEN_ACTIVATIONS, contraction
-from tinyjax.stream import find_stream, is_summed, num_writers
+from tinyjax.stream import find_stream, is_residual, num_writers, sums_along
 from tinyjax.tangent import heads_as_layers, heads_first
 from tinyjax.trace import Op
 from tinyjax.uses import Use, aligned
@@ -77,12 +77,12 @@ def find_residual_stream(model: Dimensions, dimension: Atom, consumers: Sequence
         count = num_writers(model, dimension)
         if "tied embeddings" in str(unaligned) and "its consumers" in reason:  # each reads what another writes
             return Verdict(str(unaligned))
-        plain = (
-            count < 2 or not consumers or not is_summed(model, dimension) or "meet again" in reason or "gate" in reason
-        )
+        sums = sums_along(model, dimension)
+        plain = count < 2 or not consumers or not sums or "meet again" in reason or "gate" in reason
         # Streams of images never grow: what else is wrong with one says more.
         plain |= "producers" not in reason and any(use.window for use in model.producing.get(dimension, []))
-        return Verdict(reason if plain else f"{count} producers (a residual stream): {unaligned}")
+        how = " (a residual stream)" if is_residual(model, sums) else ", added up"
+        return Verdict(reason if plain else f"{count} producers{how}: {unaligned}")
     pairs = zip(found.branches, found.readers)
     paths = tuple(Path(branches[0].use, group, branches=branches) for branches, group in pairs)
     writers = [branch.use for branch in found.branches[0]]

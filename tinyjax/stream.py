@@ -74,14 +74,21 @@ class Found(NamedTuple):
     stream: Stream
 
 
-def is_summed(model: Dimensions, dimension: Atom) -> bool:
-    """Whether two tensors of activations are added along a dimension: then a residual stream is what it looks like."""
-    return any(
-        op.name in ("add", "add_any", "sub")
+def sums_along(model: Dimensions, dimension: Atom) -> list[Op]:
+    """The additions of two tensors of activations along a dimension."""
+    return [
+        op
+        for op in model.graph.ops
+        if op.name in ("add", "add_any", "sub")
         and not any(model.axes.parameter_only(v) or v in model.graph.batch for v in op.ins)
         and all(any(dimension in roots(axis) for axis in model.axes[v]) for v in op.ins)
-        for op in model.graph.ops
-    )
+    ]
+
+
+def is_residual(model: Dimensions, sums: Sequence[Op]) -> bool:
+    """Whether what is added is read by something else too: a block that adds to what it reads."""
+    readers = model.wiring.used_by
+    return any(len({*readers[v], *readers[model.wiring.origin(v)]}) > 1 for op in sums for v in op.ins)
 
 
 def num_writers(model: Dimensions, dimension: Atom) -> int:
