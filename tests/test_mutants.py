@@ -53,7 +53,7 @@ MUTANTS = [
            "test_an_empty_half_gives_zeros"),
     # Signs
     Mutant("the goal points uphill", "v = -num_samples * jnp.concatenate(goals, axis=-1)", "v = num_samples * jnp.concatenate(goals, axis=-1)",
-           "test_the_held_out_gain_of_neurons_is_that_of_the_other_half"),
+           "test_a_best_update_that_would_raise_the_loss_is_rejected"),
     Mutant("what a falling activation writes keeps its sign", "return neurons._replace(omega=-neurons.omega)", "return neurons",
            "test_a_falling_activation_grows_as_the_rising_one[gelu]"),
     Mutant("the twin is taken for the neuron", "signs[best] * twins.amplitude[best]", "twins.amplitude[best]",
