@@ -4,7 +4,7 @@ Most of the library needs to know of an activation only that it maps 0 to 0. Gat
 order need the function itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,23 +29,29 @@ def activation_between(wiring: Wiring, use: Use, end: Value) -> Callable[[Array]
     (start,) = use.op.outs
     order: list[tuple[Op, tuple[Any, ...]]] = []  # operations in order, their operands as values or constants
     done = {start}
+    stack: list[tuple[Value, Op, Iterator[Value]]] = []  # what is being looked into, its operands still to look at
 
-    def visit(value: Value) -> None:
+    def enter(value: Value) -> None:
         if value in done or value.const is not None or value in wiring.views:
             return
         op = wiring.made_by.get(value)
         view = op is not None and (is_view(op) or op.name == "broadcast_in_dim")
         if op is None or not (view or op.name in ELEMENTWISE):
             raise NotElementwise("depends on something else")
-        for source in op.ins:
-            found = wiring.vector(source)
-            if found is not None and (use.bias is None or op.name not in ("add", "add_any")):
-                raise NotElementwise("has parameters of its own besides the bias")
-            visit(source)
-        done.add(value)
-        order.append((op, op.ins))
+        stack.append((value, op, iter(op.ins)))
 
-    visit(end)
+    enter(end)
+    while stack:
+        value, op, sources = stack[-1]
+        source = next(sources, None)
+        if source is None:
+            done.add(value)
+            order.append((op, op.ins))
+            stack.pop()
+            continue
+        if wiring.vector(source) is not None and (use.bias is None or op.name not in ("add", "add_any")):
+            raise NotElementwise("has parameters of its own besides the bias")
+        enter(source)
 
     def scalar(z: Array) -> Array:
         values: dict[Value, Any] = {start: z.astype(start.dtype)}

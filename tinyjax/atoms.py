@@ -30,8 +30,10 @@ Axis = tuple[Atom, ...]
 
 def root(atom: Atom) -> Atom:
     """The representative of all atoms made equal to this one."""
-    while atom._parent is not None:
-        atom = atom._parent
+    while (parent := atom._parent) is not None:
+        if parent._parent is not None:
+            atom._parent = parent._parent  # a residual stream makes long chains: each search halves what it walks
+        atom = parent
     return atom
 
 

@@ -96,13 +96,13 @@ def is_turned(model: Dimensions, producers: Sequence[Use]) -> bool:
     """Whether a product reaches scores through a cut and a join of its axes, as rotary embeddings do."""
     for use in producers:
         reached = dict.fromkeys(use.op.outs, frozenset[str]())
-        for op in model.graph.ops[model.order[use.op] + 1 :]:
+        walk = model.wiring.walk(use.op.outs)
+        for op in walk:
             hit = [reached[v] for v in op.ins if v in reached]
-            if not hit:
-                continue
             done = frozenset[str]().union(*hit)
             if op.name in _CUTS | _TURNS or is_view(op):
                 reached.update(dict.fromkeys(op.outs, done | _done_by(model, op, len(hit), done)))
+                walk.reach(op.outs)
             elif op.name == "dot_general" and done == {"cut", "joined", "turned"}:
                 return not any(model.axes.parameter_only(v) for v in op.ins)
     return False
@@ -137,12 +137,10 @@ def find_scores(model: Dimensions, dimension: Atom) -> tuple[Op, Atom]:
 
 def _scores(model: Dimensions, dimension: Atom) -> list[tuple[Op, Atom]]:
     found = []
-    for op in model.graph.ops:
-        if op.name != "dot_general" or any(model.axes.parameter_only(v) for v in op.ins):
-            continue
+    for op in model.paired.get(dimension, []):
         sides = contraction(op)
-        beside = [[a for d in dims for a in roots(model.axes[v][d])] for v, dims in zip(op.ins, sides.batched)]
-        summed = [a for d in sides.contracted[0] for a in roots(model.axes[op.ins[0]][d])]
+        beside = [[a for d in dims for a in model.axes.dimensions(v)[d]] for v, dims in zip(op.ins, sides.batched)]
+        summed = [a for d in sides.contracted[0] for a in model.axes.dimensions(op.ins[0])[d]]
         if all(any(a is dimension for a in side) for side in beside) and len(summed) == 1:
             (inner,) = summed
             if score_op(model, inner) is op and model.producing.get(inner):
@@ -174,15 +172,14 @@ def find_replay(model: Dimensions, scores: Op, attention: Attention | None, dime
     """
     if attention is None:
         raise Unaligned("the weights of its attention are not found")
-    reader = next(op for op in model.graph.ops if op.path == attention.address)
-    weights = reader.ins[attention.operand]
-    reached = set(scores.outs)
-    for op in model.graph.ops[model.order[scores] + 1 : model.order[reader]]:
-        if any(v in reached for v in op.ins):
-            reached.update(op.outs)
+    walk, behind = model.wiring.walk(scores.outs), list[Op]()
+    while (reader := next(walk)).path != attention.address:
+        behind.append(reader)
+        walk.reach(reader.outs)
+    weights, reached = reader.ins[attention.operand], walk.reached
     ops, needed = [], {weights}
-    for op in reversed(model.graph.ops[model.order[scores] + 1 : model.order[reader]]):
-        if any(v in needed for v in op.outs) and any(v in reached for v in op.ins):
+    for op in reversed(behind):
+        if any(v in needed for v in op.outs):
             ops.append(op)
             needed.update(v for v in op.ins if v in reached)
     if not any(op.name in _BENDS for op in ops):

@@ -25,6 +25,7 @@ class Axes:
 
     Attributes:
         samples: the atom that counts the samples of the batch.
+        needed: the values that the loss is computed from.
         steps: for every scan over samples, by its path, what its steps count.
         stepped: the values inside scans that take all samples one by one: one for each sample.
     """
@@ -38,7 +39,8 @@ class Axes:
         self._parameter_only = set(graph.params)
         self._filled: set[Value] = set()  # with one number: two states that begin with it are not one
         self._power = dict.fromkeys(graph.params, 1)  # how fast a parameter-only tensor vanishes with an empty slot
-        self._needed = behind_loss(graph)
+        self.needed = behind_loss(graph)
+        self._dimensions: dict[Value, tuple[tuple[Atom, ...], ...]] = {}
         for value in graph.params:
             self._of[value] = _fresh(value)
         for value, has_samples in zip(graph.batch, batched):
@@ -51,6 +53,16 @@ class Axes:
         if value not in self._of:
             self._of[value] = _fresh(value, None if value.const is not None else "it has the shape of a constant")
         return self._of[value]
+
+    def dimensions(self, value: Value) -> tuple[tuple[Atom, ...], ...]:
+        """The dimensions of every axis of a tensor; to be asked once all operations are known."""
+        if value not in self._dimensions:
+            self._dimensions[value] = tuple(tuple(roots(axis)) for axis in self[value])
+        return self._dimensions[value]
+
+    def has(self, value: Value, dimension: Atom) -> bool:
+        """Whether a dimension is one of a tensor."""
+        return any(dimension in axis for axis in self.dimensions(value))
 
     def parameter_only(self, value: Value) -> bool:
         """Whether a tensor is computed from parameters and constants alone."""
@@ -101,7 +113,7 @@ class Axes:
         """Marks the axes summed by a penalty with a gradient in an empty slot (L1, a distance to a point)."""
         powers = [self._power.get(v, 0) for v in op.ins]
         self._power.update(dict.fromkeys(op.outs, _vanishing(op, powers)))
-        if op.name in REDUCTIONS and powers[0] < 2 and op.outs[0] in self._needed:
+        if op.name in REDUCTIONS and powers[0] < 2 and op.outs[0] in self.needed:
             for axis in op.params["axes"]:
                 mark(ins[0][axis], "a function of the parameters in the loss pulls at its empty slots")
 

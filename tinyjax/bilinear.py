@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tinyjax.atoms import Atom, root, roots
+from tinyjax.atoms import Atom, root
 from tinyjax.constants import number_of
 from tinyjax.dimensions import Dimensions
 from tinyjax.flow import Flow
@@ -63,17 +63,13 @@ class Pair(NamedTuple):
 
 def score_op(model: Dimensions, dimension: Atom) -> Op | None:
     """The product of two activations that contracts a dimension, and nothing else; None if there is none or several."""
-    found = []
-    for op in model.graph.ops:
-        if op.name != "dot_general" or any(model.axes.parameter_only(v) for v in op.ins):
-            continue
-        gone = zip(op.ins, contraction(op).contracted)
-        summed = [[a for d in dims for a in roots(model.axes[v][d])] for v, dims in gone]
-        if any(a is dimension for side in summed for a in side):
-            found.append((op, summed))
+    found = model.summed.get(dimension, [])
     if len(found) != 1:
         return None
-    ((op, summed),) = found
+    (op,) = found
+    summed = [
+        [a for d in dims for a in model.axes.dimensions(v)[d]] for v, dims in zip(op.ins, contraction(op).contracted)
+    ]
     return op if all(side == [dimension] for side in summed) else None
 
 
@@ -101,7 +97,7 @@ def find_pair(
     for use in producers:
         if use.trouble:
             raise Unaligned(use.trouble)
-    flows = [Flow(model.graph, model.axes, model.wiring, use, dimension) for use in producers]
+    flows = [Flow(model.axes, model.wiring, use, dimension) for use in producers]
     sides = [next((i for i, v in enumerate(op.ins) if v in flow.mixing), None) for flow in flows]
     if sorted(map(str, sides)) != ["0", "1"] or op.inside:
         raise Unaligned("its scores are not the product of one query and one key")
@@ -143,9 +139,8 @@ def find_pair(
     if pair_sizes[0] != samples.size:
         raise Unaligned("its scores do not have the samples as rows")
     kept = {dimension, *heads[0], *heads[1]}
-    kernels = frozenset(use.op for use in model.uses)
     queries, keys = (
-        slot_path(model.graph, model.axes, model.wiring, flow, use, dimension, op.ins[side], layout, kept, kernels)
+        slot_path(model.axes, model.wiring, flow, use, dimension, op.ins[side], layout, kept, model.kernels)
         for flow, use, side, layout in (
             (query_flow, query, query_side, layouts.queries),
             (key_flow, key, key_side, layouts.keys),

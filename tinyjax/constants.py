@@ -34,14 +34,33 @@ def is_steep(op: Op, known: Sequence[Any], moving: Sequence[bool]) -> bool:
 
 def number_of(wiring: Wiring, value: Value) -> Any:
     """What a value holds throughout, where it is computed from numbers alone (`1 / jnp.sqrt(depth)`)."""
+    known, stack = wiring.numbers, [value]
+    while stack:
+        operands = _operands(wiring, stack[-1])
+        unknown = [v for v in operands if v not in known]
+        if unknown:
+            stack += unknown
+            continue
+        latest = stack.pop()
+        if latest not in known:
+            known[latest] = _from_operands(wiring, latest, [known[v] for v in operands])
+    return known[value]
+
+
+def _operands(wiring: Wiring, value: Value) -> tuple[Value, ...]:
+    """The values from whose numbers that of a value follows."""
+    op = wiring.made_by.get(value)
+    if op is None or op.name == "scan_in":
+        return ()
+    if is_view(op) or op.name == "broadcast_in_dim":
+        return op.ins[:1]
+    return op.ins if op.eqn is not None and op.name in ELEMENTWISE else ()
+
+
+def _from_operands(wiring: Wiring, value: Value, numbers: Sequence[Any]) -> Any:
     if value.const is not None:
         return np.asarray(value.const, value.dtype)
     op = wiring.made_by.get(value)
-    if op is None or op.name == "scan_in":
+    if op is None or not numbers or any(x is None for x in numbers):
         return None
-    if is_view(op) or op.name == "broadcast_in_dim":
-        return number_of(wiring, op.ins[0])
-    operands = [number_of(wiring, v) for v in op.ins]
-    if op.eqn is None or op.name not in ELEMENTWISE or any(x is None for x in operands):
-        return None
-    return at_numbers(op, operands)
+    return numbers[0] if is_view(op) or op.name == "broadcast_in_dim" else at_numbers(op, numbers)

@@ -1,12 +1,12 @@
 """The dimensions of a traced model: which leaves each runs through, which products write and read it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tinyjax.atoms import Atom, parts, root
 from tinyjax.axes import Axes, contraction
 from tinyjax.meetings import entries
 from tinyjax.rules import BETWEEN_ACTIVATIONS, INPUT
-from tinyjax.trace import Graph, Value
+from tinyjax.trace import Graph, Op, Value
 from tinyjax.uses import Use, leaf_factors
 from tinyjax.wiring import Wiring
 
@@ -22,6 +22,10 @@ class Dimensions:
         obstructed: dimensions of operands that are made from parameters in a way no use can describe, with the reason.
         matrices: paths of the leaves that some product multiplies by.
         entries: for every leaf, where it enters the activations.
+        kernels: the operations of all uses.
+        summed: for every dimension, the products of two activations that contract it.
+        paired: for every dimension, the products of two activations that are taken side by side along it.
+        tables: for every dimension, the lookups in a leaf that it runs through.
     """
 
     def __init__(
@@ -55,7 +59,29 @@ class Dimensions:
                     self.obstructed.setdefault(root(atom), why)
         self.matrices = {use.leaf for use in uses}
         self.entries = entries(graph, axes, wiring)
-        self.order = {op: i for i, op in enumerate(graph.ops)}
+        self.kernels = frozenset(use.op for use in uses)
+        self.order = wiring.order
+        self.summed: dict[Atom, list[Op]] = {}
+        self.paired: dict[Atom, list[Op]] = {}
+        self.tables: dict[Atom, list[Op]] = {}
+        for op in graph.ops:
+            self._index(op)
+        self._fed = _first_readers(graph, enumerate(uses))
+        narrow = ((i, use) for i, use in enumerate(uses) if not kernel_atoms(axes, use)[1])
+        self._fed_narrow = _first_readers(graph, narrow)
+
+    def _index(self, op: Op) -> None:
+        """Notes along which dimensions an operation looks up, or multiplies two activations."""
+        if op.name == "gather" and op.ins[0] in self.wiring.views:
+            for dimension in dict.fromkeys(a for axis in self.axes.dimensions(op.ins[0]) for a in axis):
+                self.tables.setdefault(dimension, []).append(op)
+        if op.name != "dot_general" or any(self.axes.parameter_only(v) for v in op.ins):
+            return
+        sides = contraction(op)
+        for along, found in ((sides.contracted, self.summed), (sides.batched, self.paired)):
+            axes = [self.axes.dimensions(v)[d] for v, dims in zip(op.ins, along) for d in dims]
+            for dimension in dict.fromkeys(a for axis in axes for a in axis):
+                found.setdefault(dimension, []).append(op)
 
     def is_hidden(self, dimension: Atom) -> bool:
         """Whether a dimension lies inside the model: neither its input nor its output."""
@@ -72,15 +98,12 @@ class Dimensions:
 
     def feeds(self, producer: Use) -> bool:
         """Whether anything computed from a product enters another product: then it is no output of the model."""
-        return bool(self.fed(producer))
+        return any(v in self._fed for v in producer.op.outs)
 
-    def fed(self, producer: Use) -> list[Use]:
-        """The uses that read anything computed from a product."""
-        reached = set(producer.op.outs)
-        for op in self.graph.ops:
-            if any(v in reached for v in op.ins):
-                reached.update(op.outs)
-        return [use for use in self.uses if use.input_value in reached]
+    def fed_narrow(self, producer: Use) -> Use | None:
+        """The first use that reads anything computed from a product and contracts nothing longer than one."""
+        found = [self._fed_narrow[v] for v in producer.op.outs if v in self._fed_narrow]
+        return self.uses[min(found)] if found else None
 
     def first_op(self, dimension: Atom) -> int:
         """Position of the first product that writes or reads a dimension."""
@@ -89,15 +112,27 @@ class Dimensions:
 
     def depth(self, leaf: int) -> int:
         """Number of scans that slice a leaf."""
-        return max(view.depth for view in self.wiring.views.values() if view.leaf == leaf)
+        return max(self.wiring.views[value].depth for value in self.wiring.views_of[leaf])
 
     def first_user(self, leaf: int) -> str:
         """Words for the first operation that is more than a view of a leaf."""
-        for view, info in self.wiring.views.items():
+        for view in self.wiring.views_of[leaf]:
             for op in self.wiring.used_by.get(view, []):
-                if info.leaf == leaf and op.outs[0] not in self.wiring.views:
+                if op.outs[0] not in self.wiring.views:
                     return f": it goes into `{op.name}`"
         return ""
+
+
+def _first_readers(graph: Graph, uses: Iterable[tuple[int, Use]]) -> dict[Value, int]:
+    """For every value from which one of these uses is computed, the first of them by number."""
+    first: dict[Value, int] = {}
+    for number, use in uses:
+        first.setdefault(use.input_value, number)
+    for op in reversed(graph.ops):
+        found = min((first[v] for v in op.outs if v in first), default=None)
+        for value in op.ins if found is not None else ():
+            first[value] = min(first.get(value, found), found)
+    return first
 
 
 def kernel_atoms(axes: Axes, use: Use) -> tuple[list[Atom], list[Atom]]:

@@ -9,6 +9,7 @@ slot holds there.
 import copy
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tinyjax.atoms import Atom, roots
+from tinyjax.atoms import Atom
 from tinyjax.axes import Axes
 from tinyjax.constants import at_numbers, is_steep
 from tinyjax.meetings import Meeting, leaves_behind
 from tinyjax.rules import ELEMENTWISE, REDUCTIONS
-from tinyjax.trace import OWN, Graph, Op, Value
+from tinyjax.trace import OWN, Op, Value
 from tinyjax.uses import Use
 from tinyjax.wiring import Wiring, is_view
 
@@ -75,6 +76,7 @@ class Flow:
         counted: for every leaf that tells a norm of `tinyjax.models` which slots it counts, the operations that ask.
         trouble: why the dimension cannot grow wherever it is read (such a norm, a slope that is not finite), or "".
         gates: values that multiply the flow slot by slot, and which are given with each new neuron.
+        ops: the operations that read any of these values, in order.
 
     `others` are the
     results of further products that write the dimension, in the same rows, empty where its slots are.
@@ -82,7 +84,6 @@ class Flow:
 
     def __init__(
         self,
-        graph: Graph,
         axes: Axes,
         wiring: Wiring,
         producer: Use,
@@ -108,9 +109,12 @@ class Flow:
         self._axes, self._wiring, self._slots, self.gates = axes, wiring, slots, gates
         # Steps of the scans around the producer are rows, unless its kernel has one layer for each.
         self._row_scans = frozenset() if producer.kernel.stack else frozenset(producer.op.scans)
-        for op in graph.ops:
-            if any(v in self.mixing for v in op.ins):
-                self._follow(op)
+        self.ops: list[Op] = []
+        walk = wiring.walk(starts)
+        for op in walk:
+            self.ops.append(op)
+            self._follow(op)
+            walk.reach(v for v in op.outs if v in self.mixing)
 
     def _follow(self, op: Op) -> None:
         if op.name in _NORMS:
@@ -121,7 +125,8 @@ class Flow:
         if not along:
             return  # the dimension ends here: a consumer, or a reduction over it
         self._meet_parameters(op)
-        weights = {self.weights[v] for v in op.ins if v in self.weights}
+        # Weights are told apart by identity: what adds none hands on the very tuple, as streams collect many.
+        weights = list({id(self.weights[v]): self.weights[v] for v in op.ins if v in self.weights}.values())
         why, own = self._mixed_by(op)
         if len(weights) > 1:
             why = why or f"its rows are weighted in two ways before `{op.name}`"
@@ -132,10 +137,11 @@ class Flow:
         if self.divides_by_count(op):
             pools = (*pools[:-1], dataclasses.replace(pools[-1], name=WINDOW_MEAN))
         degree = self._degree(op)
+        weighted = (*weights[0], *own) if own else weights[0]
         for out in along:
             self.mixing[out] = why
             self.pools[out] = (*pools, op) if self._pools(op) else pools
-            self.weights[out] = (*next(iter(weights)), *own)
+            self.weights[out] = weighted
             if degree is not None:
                 self.degree[out] = degree
             if value is not None:
@@ -143,7 +149,7 @@ class Flow:
             self._blame(op, out)
 
     def _has_slots(self, value: Value) -> bool:
-        return any(atom is self._slots for axis in self._axes[value] for atom in roots(axis))
+        return self._axes.has(value, self._slots)
 
     def _mixed_by(self, op: Op) -> tuple[str, tuple[Weight, ...]]:
         """Why the rows are no longer the product's, and the factors they are multiplied by here."""
@@ -223,18 +229,20 @@ class Flow:
     def is_vector(self, value: Value) -> bool:
         """Whether a value is a parameter vector along the slots, the same in all rows."""
         found = self._wiring.vector(value)
-        if found is None or not self._has_slots(found[1]):
-            return False
-        return all(a is self._slots for axis in self._axes[found[1]] for a in roots(axis))
+        return found is not None and self._has_slots(found[1]) and self._only_slots(found[1])
 
-    def downstream(self, graph: Graph, start: Value) -> "Flow":
+    def _only_slots(self, value: Value) -> bool:
+        return all(a is self._slots for axis in self._axes.dimensions(value) for a in axis)
+
+    def downstream(self, start: Value) -> "Flow":
         """The same flow from one of its values on."""
-        reached = {start}
-        for op in graph.ops:
-            if any(v in reached for v in op.ins):
-                reached.update(v for v in op.outs if v in self.mixing)
         part = copy.copy(self)
-        part.mixing = {v: why for v, why in self.mixing.items() if v in reached}
+        part.ops = []
+        walk = self._wiring.walk([start])
+        for op in walk:
+            part.ops.append(op)
+            walk.reach(v for v in op.outs if v in self.mixing)
+        part.mixing = {v: self.mixing[v] for v in walk.reached if v in self.mixing}
         return part
 
     def is_weight(self, op: Op, value: Value) -> bool:
@@ -328,14 +336,19 @@ class Flow:
 
     def _same_in_all_rows(self, value: Value) -> bool:
         """Whether an operand from outside treats all rows of the product alike (it may differ between slots)."""
-        if self._wiring.steps.get(value, frozenset()) & self._row_scans:
-            return False
-        if all(atom is self._slots for axis in self._axes[value] for atom in roots(axis)):
-            return True
-        op = self._wiring.made_by.get(value)
-        if op is None or not (op.name in ELEMENTWISE or op.name == "broadcast_in_dim" or is_view(op)):
-            return False
-        return all(self._same_in_all_rows(v) for v in op.ins)
+        queue, seen = deque([value]), {value}
+        while queue:  # the nearest first: what differs is mostly near, and what lies behind it may be the whole network
+            value = queue.popleft()
+            if self._wiring.steps.get(value, frozenset()) & self._row_scans:
+                return False
+            if self._only_slots(value):
+                continue
+            op = self._wiring.made_by.get(value)
+            if op is None or not (op.name in ELEMENTWISE or _is_layout(op)):
+                return False
+            queue += [v for v in op.ins if v not in seen]
+            seen.update(op.ins)
+        return True
 
     def _empty_value(self, op: Op) -> Any:
         known = [self.known(v, op.name in _SUMS) for v in op.ins]
@@ -377,19 +390,34 @@ class Flow:
 
     def known(self, value: Value, shifts: bool) -> Any:
         """What an empty slot holds in an operand; a parameter vector that is *added* (`shifts`) is zero there."""
+        source = self._behind_layout(value, shifts)
+        number = self._at_hand(source, shifts)
+        factors, seen = [source] if shifts and number is None else [], set[Value]()
+        while factors:  # a running mean, times its momentum
+            factor = self._behind_layout(factors.pop(), shifts)
+            found, op = self._at_hand(factor, shifts), self._wiring.made_by.get(factor)
+            if found is not None and found == 0:
+                return 0
+            product = found is None and op is not None and op.name in ("mul", "div") and factor not in seen
+            if op is not None and product and self._axes.parameter_only(factor):
+                factors += op.ins[:1] if op.name == "div" else op.ins
+            seen.add(factor)
+        return number
+
+    def _at_hand(self, value: Value, shifts: bool) -> Any:
+        """What an empty slot holds in an operand, as far as that is known without asking for what it is made of."""
         if value in self.empty:
             return self.empty[value]
-        if value.const is not None:
-            return value.const
-        if shifts and self._wiring.vector(value) is not None and self._has_slots(value):
+        if value.const is None and shifts and self._wiring.vector(value) is not None and self._has_slots(value):
             return _zero(value)
-        op = self._wiring.made_by.get(value)
-        if op is not None and op.name in ("broadcast_in_dim", "convert_element_type", "reshape"):
-            return self.known(op.ins[0], shifts)
-        if op is not None and shifts and op.name in ("mul", "div") and self._axes.parameter_only(value):
-            factors = op.ins[:1] if op.name == "div" else op.ins  # a running mean, times its momentum
-            return 0 if any(k is not None and k == 0 for k in (self.known(v, shifts) for v in factors)) else None
-        return None
+        return value.const
+
+    def _behind_layout(self, value: Value, shifts: bool) -> Value:
+        while self._at_hand(value, shifts) is None and (op := self._wiring.made_by.get(value)) is not None:
+            if op.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
+                break
+            value = op.ins[0]
+        return value
 
     def _meet_parameters(self, op: Op) -> None:
         if op.name in OWN:

@@ -13,7 +13,7 @@ from tinyjax.activation import NotElementwise, activation_between
 from tinyjax.atoms import Atom
 from tinyjax.axes import Axes
 from tinyjax.flow import ROW_BY_ROW, Flow
-from tinyjax.trace import Graph, Op, Value
+from tinyjax.trace import Op, Value
 from tinyjax.uses import Use
 from tinyjax.wiring import Wiring
 
@@ -38,13 +38,10 @@ class Ungated(ValueError):
     """Two producers that are no gated unit; the message says why."""
 
 
-def pair_up(
-    graph: Graph, axes: Axes, wiring: Wiring, producers: Sequence[Use], dimension: Atom
-) -> list[tuple[Use, Gate]]:
+def pair_up(axes: Axes, wiring: Wiring, producers: Sequence[Use], dimension: Atom) -> list[tuple[Use, Gate]]:
     """The products that new neurons are computed for, each with its gate.
 
     Args:
-        graph: of the model.
         axes: of its tensors.
         wiring: of its values.
         producers: the products that write the dimension, with two kernels between them.
@@ -53,25 +50,31 @@ def pair_up(
     Raises:
         Ungated: with the reason.
     """
-    flows = [Flow(graph, axes, wiring, use, dimension) for use in producers]
-    pairs, left = [], list(range(len(producers)))
+    flows = [Flow(axes, wiring, use, dimension) for use in producers]
+    follows: dict[Value, list[int]] = {}
+    for i, flow in enumerate(flows):
+        for value in flow.mixing:
+            follows.setdefault(value, []).append(i)
+    pairs, left = [], dict.fromkeys(range(len(producers)))
     while left:
-        first = left.pop(0)
-        meetings = {second: _meeting(graph, flows[first], flows[second]) for second in left}
+        first = next(iter(left))
+        del left[first]
+        near = {i for op in flows[first].ops for v in op.ins for i in follows.get(v, ())}
+        meetings = {second: _meeting(flows[first], flows[second]) for second in sorted(near & left.keys())}
         partners = [second for second, op in meetings.items() if op is not None]
         if len(partners) != 1 or producers[first].leaf == producers[partners[0]].leaf:
             raise Ungated("2 producers, which do not meet pair by pair")
         (second,) = partners
-        left.remove(second)
-        pairs.append(_ordered(graph, wiring, meetings[second], *((producers[i], flows[i]) for i in (first, second))))
+        del left[second]
+        pairs.append(_ordered(wiring, meetings[second], *((producers[i], flows[i]) for i in (first, second))))
     if len({use.leaf for use, _ in pairs}) > 1:
         raise Ungated("2 producers, each of which gates the other")
     return pairs
 
 
-def _meeting(graph: Graph, a: Flow, b: Flow) -> Op | None:
+def _meeting(a: Flow, b: Flow) -> Op | None:
     """The first operation in which two products meet."""
-    for op in graph.ops:
+    for op in a.ops:
         if any(v in a.mixing and v not in b.mixing for v in op.ins) and any(
             v in b.mixing and v not in a.mixing for v in op.ins
         ):
@@ -79,9 +82,7 @@ def _meeting(graph: Graph, a: Flow, b: Flow) -> Op | None:
     return None
 
 
-def _ordered(
-    graph: Graph, wiring: Wiring, op: Op | None, one: tuple[Use, Flow], other: tuple[Use, Flow]
-) -> tuple[Use, Gate]:
+def _ordered(wiring: Wiring, op: Op | None, one: tuple[Use, Flow], other: tuple[Use, Flow]) -> tuple[Use, Gate]:
     """Which of two products is the gate of the other."""
     assert op is not None
     if op.name != "mul":
@@ -98,7 +99,7 @@ def _ordered(
     if all(side[0][0] for side in sides):
         raise Ungated("an empty neuron is not silent: neither factor of the gated unit is 0 at 0")
     (_, up, _, _), (_, gate, flow, value) = sides if sides[0][0] <= sides[1][0] else sides[::-1]
-    _require_single_meeting(graph, op, one[1], other[1])
+    _require_single_meeting(op, one[1], other[1])
     try:
         activation = activation_between(wiring, gate, value)
     except NotElementwise as reason:
@@ -106,9 +107,9 @@ def _ordered(
     return up, Gate(gate, flow, value, activation)
 
 
-def _require_single_meeting(graph: Graph, meeting: Op, a: Flow, b: Flow) -> None:
+def _require_single_meeting(meeting: Op, a: Flow, b: Flow) -> None:
     """The two flows must become one through the multiplication alone."""
-    for op in graph.ops:
+    for op in a.ops:  # an operation that makes a value of both reads one of `a`
         one_sided = any((v in a.mixing) != (v in b.mixing) for v in op.ins)
         if one_sided and op is not meeting and any(v in a.mixing and v in b.mixing for v in op.outs):
             raise Ungated(f"2 producers, which meet again in `{op.name}`")

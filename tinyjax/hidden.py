@@ -1,5 +1,6 @@
 """Hidden layers: one product writes the dimension, aligned products read it, empty slots are silent; or why not."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -31,7 +32,7 @@ def static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use], 
     if BETWEEN_ACTIVATIONS in dimension.marks:
         return SHARED_HEADS if is_shared(model, dimension) else BETWEEN_ACTIVATIONS
     written, read = list(dict.fromkeys(u.leaf for u in producers)), list(dict.fromkeys(u.leaf for u in consumers))
-    both = [leaf for leaf in written if leaf in read]
+    both = [leaf for leaf in written if leaf in set(read)]
     if both:
         return f"`{both[0]}` both writes and reads it: a fan-out would have to be its own fan-in"
     if len(written) > 2:
@@ -42,7 +43,7 @@ def static_reason(model: Dimensions, dimension: Atom, producers: Sequence[Use], 
     if dimension.marks:
         return next(iter(dimension.marks))
     repeated = [leaf for leaf, _ in model.leaves[dimension]]
-    twice = next((leaf for leaf in repeated if repeated.count(leaf) > 1), None)
+    twice = next((leaf for leaf, times in Counter(repeated).items() if times > 1), None)
     if twice is not None:
         return f"it runs twice through `{model.names[twice]}`"
     return ""
@@ -64,7 +65,8 @@ def find_layer(model: Dimensions, dimension: Atom, producers: Sequence[Use], con
     """The aligned producer-consumer pairs, the roles of the vectors met on the way, or why there are none."""
     paths, found, norms = [], {}, []
     kernels = (*producers, *consumers)
-    accounted = {use.op for use in kernels}
+    accounted, kernel_leaves = {use.op for use in kernels}, {use.leaf for use in kernels}
+    read, wanted = _by_input(consumers), sorted({c.leaf for c in consumers})
     try:
         pairs = _with_gates(model, dimension, producers)
     except Ungated as ungated:
@@ -72,15 +74,15 @@ def find_layer(model: Dimensions, dimension: Atom, producers: Sequence[Use], con
     flows = []
     for producer, gate in pairs:
         gates = frozenset() if gate is None else frozenset({gate.value})
-        flows.append(Flow(model.graph, model.axes, model.wiring, producer, dimension, gates))
+        flows.append(Flow(model.axes, model.wiring, producer, dimension, gates))
     reason = _joint_reason(model, producers, consumers, flows)
     if reason:
         return Verdict(reason)
     for (producer, gate), flow in zip(pairs, flows):
-        mine = tuple(c for c in consumers if c.input_value in flow.mixing)
-        if sorted(c.leaf for c in mine) != sorted({c.leaf for c in consumers}):
+        mine = tuple(consumers[i] for i in sorted(i for v in flow.mixing for i in read.get(v, ())))
+        if sorted(c.leaf for c in mine) != wanted:
             return Verdict("its consumers do not each read the output of one producer operation once")
-        reason = _row_reason(model, producer, mine, flow) or _meeting_reason(model, flow, kernels)
+        reason = _row_reason(model, producer, mine, flow) or _meeting_reason(model, flow, kernel_leaves)
         if reason:
             return Verdict(reason)
         found |= roles(flow)
@@ -114,9 +116,17 @@ def find_layer(model: Dimensions, dimension: Atom, producers: Sequence[Use], con
         for op, _ in model.entries.get(leaf, ()):
             if op not in accounted:
                 return Verdict(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
-        if model.names[leaf] not in {u.leaf for u in kernels} and found.get(leaf) not in known:
+        if model.names[leaf] not in kernel_leaves and found.get(leaf) not in known:
             return Verdict(f"`{model.names[leaf]}` is neither a plain shift nor a plain scale")
     return Verdict("", tuple(paths), [path.producer for path in paths], readers(paths), found, norms[0])
+
+
+def _by_input(uses: Sequence[Use]) -> dict[Value, list[int]]:
+    """Which of some uses read a value, by number."""
+    found: dict[Value, list[int]] = {}
+    for i, use in enumerate(uses):
+        found.setdefault(use.input_value, []).append(i)
+    return found
 
 
 def _with_gates(model: Dimensions, dimension: Atom, producers: Sequence[Use]) -> list[tuple[Use, Gate | None]]:
@@ -127,7 +137,7 @@ def _with_gates(model: Dimensions, dimension: Atom, producers: Sequence[Use]) ->
     """
     if len({use.leaf for use in producers}) == 1:
         return [(use, None) for use in producers]
-    return [*pair_up(model.graph, model.axes, model.wiring, producers, dimension)]
+    return [*pair_up(model.axes, model.wiring, producers, dimension)]
 
 
 def _path(
@@ -185,19 +195,16 @@ def _mixed_path(model: Dimensions, producer: Use, consumers: tuple[Use, ...], fl
     if any({root(a) for a in c.rows if a is not None} != {root(a) for a in order} for c in consumers):
         raise Unaligned("its consumers read it in different rows")
     read = tuple(aligned(c, order) for c in consumers)
-    kernels = frozenset(use.op for use in model.uses)
-    tangent, producer, read = find_tangent(
-        model.graph, model.axes, model.wiring, flow, producer, read, dimension, kernels
-    )
+    tangent, producer, read = find_tangent(model.axes, model.wiring, flow, producer, read, dimension, model.kernels)
     return Path(producer, read, tangent=tangent)
 
 
-def _meeting_reason(model: Dimensions, flow: Flow, kernels: Sequence[Use]) -> str:
+def _meeting_reason(model: Dimensions, flow: Flow, kernels: set[str]) -> str:
     """Why a leaf that the flow met makes the dimension other than a plain hidden layer."""
     if flow.trouble:
         return flow.trouble
     for leaf, meetings in flow.met.items():
-        if model.names[leaf] in {use.leaf for use in kernels}:
+        if model.names[leaf] in kernels:
             return f"`{model.names[leaf]}` also enters the model through `{meetings[0].op.name}`"
         if len(meetings) > 1 or leaf in flow.counted:
             return f"`{model.names[leaf]}` acts on it more than once"
@@ -206,14 +213,13 @@ def _meeting_reason(model: Dimensions, flow: Flow, kernels: Sequence[Use]) -> st
 
 def _joint_reason(model: Dimensions, producers: Sequence[Use], consumers: Sequence[Use], flows: Sequence[Flow]) -> str:
     """Why no neuron can be computed for a consumer that several products reach: its rows would have to be joined."""
+    reached = Counter(value for flow in flows for value in flow.mixing)
     for consumer in consumers:
-        reaching = [flow.mixing for flow in flows if consumer.input_value in flow.mixing]
-        if len(reaching) < 2:
+        if reached[consumer.input_value] < 2:
             continue
-        first, second = reaching[:2]
-        meet = (
-            op for op in model.graph.ops if {v in first for v in op.ins if v in first or v in second} == {True, False}
-        )
+        one, other = [flow for flow in flows if consumer.input_value in flow.mixing][:2]
+        first, second = one.mixing, other.mixing
+        meet = (op for op in one.ops if {v in first for v in op.ins if v in first or v in second} == {True, False})
         name = next((op.name for op in meet if any(v in first for v in op.outs)), "add")
         return f"`{consumer.leaf}` reads two products of `{producers[0].leaf}` at once, which meet in `{name}`"
     return ""

@@ -59,8 +59,9 @@ def describe(model: Dimensions, dimension: Atom, verdict: Verdict, name: str = "
     gates = [path.gate for path in paths if path.gate is not None]
     pattern = [use for path in paths if path.head is not None for use in (path.head.query, path.head.key)]
     gate_leaf = gates[0].leaf if gates else None
+    kernels = _kernel_layouts(model, dimension)
     members = tuple(
-        _member(model, leaf, factor, dimension, verdict.roles, gate_leaf)
+        _member(model, leaf, factor, kernels, verdict.roles, gate_leaf)
         for leaf, factor in model.leaves.get(dimension, ())
     )
     layers = consumers or producers  # heads are in front of a producer's layers, not of its consumers'
@@ -101,15 +102,29 @@ def _heads_name(leaves: Sequence[str]) -> str:
     return "/".join([*shared, "heads"])
 
 
+def _kernel_layouts(model: Dimensions, dimension: Atom) -> dict[tuple[str, int], tuple[str, Layout]]:
+    """For the factors of the kernels that write or read a dimension, which of it they do and the kernel's layout."""
+    found: dict[tuple[str, int], tuple[str, Layout]] = {}
+    for uses, role, side in ((model.producing, "fan_in", "cols"), (model.consuming, "fan_out", "rows")):
+        for use in uses.get(dimension, []):
+            for factor in getattr(use.kernel, side):
+                found.setdefault((use.leaf, factor), (role, use.kernel))
+    return found
+
+
 def _member(
-    model: Dimensions, leaf: int, factor: int, dimension: Atom, found: Mapping[int, str], gate: str | None
+    model: Dimensions,
+    leaf: int,
+    factor: int,
+    kernels: Mapping[tuple[str, int], tuple[str, Layout]],
+    found: Mapping[int, str],
+    gate: str | None,
 ) -> Member:
     _, sizes, numbers = model.factors[leaf]
     name = model.names[leaf]
-    for uses, role, side in ((model.producing, "fan_in", "cols"), (model.consuming, "fan_out", "rows")):
-        for use in uses.get(dimension, []):
-            if use.leaf == name and factor in getattr(use.kernel, side):
-                return Member(_with_slot(use.kernel, factor), "gate" if name == gate else role)
+    if (name, factor) in kernels:
+        role, layout = kernels[name, factor]
+        return Member(_with_slot(layout, factor), "gate" if name == gate else role)
     stack = tuple(f for f, number in enumerate(numbers) if number < model.depth(leaf))
     rest = tuple(f for f in range(len(sizes)) if f not in (*stack, factor))
     return Member(Layout(name, sizes, numbers, factor, stack, rest, (factor,)), found.get(leaf, "other"))
@@ -117,10 +132,12 @@ def _member(
 
 def _kernels(model: Dimensions, uses: Sequence[Use], dimension: Atom, side: str) -> tuple[Kernel, ...]:
     """The kernels of some uses, whose slots are on one side of their matrices."""
-    factors = [(model.names[leaf], factor) for leaf, factor in model.leaves.get(dimension, ())]
+    factors: dict[str, list[int]] = {}
+    for leaf, factor in model.leaves.get(dimension, ()):
+        factors.setdefault(model.names[leaf], []).append(factor)
 
     def slotted(layout: Layout, among: tuple[int, ...]) -> Layout:
-        return _with_slot(layout, next((f for leaf, f in factors if leaf == layout.leaf and f in among), None))
+        return _with_slot(layout, next((f for f in factors.get(layout.leaf, ()) if f in among), None))
 
     kernels, positions = {}, {}
     for use in uses:

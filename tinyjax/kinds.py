@@ -1,5 +1,6 @@
 """What is no hidden layer and grows: recurrent units, residual streams, query-key dimensions, whole heads."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -21,8 +22,8 @@ from tinyjax.uses import Use, aligned
 def recurs(model: Dimensions, dimension: Atom, producers: Sequence[Use], consumers: Sequence[Use]) -> bool:
     """Whether a leaf reads the dimension along one of its axes and writes it along another."""
     both = {use.leaf for use in producers} & {use.leaf for use in consumers}
-    repeated = [model.names[leaf] for leaf, _ in model.leaves[dimension]]
-    return dimension not in model.obstructed and any(repeated.count(leaf) > 1 for leaf in both)
+    times = Counter(model.names[leaf] for leaf, _ in model.leaves[dimension])
+    return dimension not in model.obstructed and any(times[leaf] > 1 for leaf in both)
 
 
 def find_recurrent_units(
@@ -84,9 +85,8 @@ def find_residual_stream(model: Dimensions, dimension: Atom, consumers: Sequence
         how = " (a residual stream)" if is_residual(model, sums) else ", added up"
         return Verdict(reason if plain else f"{count} producers{how}: {unaligned}")
     pairs = zip(found.branches, found.readers)
-    paths = tuple(Path(branches[0].use, group, branches=branches) for branches, group in pairs)
-    writers = [branch.use for branch in found.branches[0]]
-    return Verdict("", paths, writers, readers(paths), found.roles, powers=found.powers, stream=found.stream)
+    paths = tuple(Path(found.writers[0], group, branches=branches) for branches, group in pairs)
+    return Verdict("", paths, found.writers, readers(paths), found.roles, powers=found.powers, stream=found.stream)
 
 
 def find_query_key(model: Dimensions, scores: Op, producers: Sequence[Use], dimension: Atom) -> Verdict:

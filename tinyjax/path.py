@@ -51,7 +51,7 @@ class Path(NamedTuple):
     pair: Pair | None = None
     cell: Cell | None = None
     head: Head | None = None
-    branches: tuple[Branch, ...] = ()
+    branches: Sequence[Branch] = ()
     slope: Callable[[], float | None] = _whole
 
     def taps(self) -> dict[tuple[int, ...], int]:

@@ -83,8 +83,11 @@ def find_recurrence(
     biases = _biases(model, dimension, producers, sums)
     order = _order(model, *next(iter(sums[0].terms.values())))
     cells, read = [], set[Use]()
+    reading: dict[Value, list[Use]] = {}
+    for use in consumers:
+        reading.setdefault(use.input_value, []).append(use)
     for one in sums:
-        states = States(model, dimension, one.value, consumers)
+        states = States(model, dimension, one.value, reading)
         read |= set(states.reads)
         if len({held.source for held in states.reads.values()}) > 1:
             raise Unaligned("its consumers read different tensors")

@@ -94,13 +94,15 @@ class ScoreLayouts:
         """
         scores = self._op.outs[0]
         reached: dict[Value, tuple[int, ...]] = {scores: self._key_axes}
-        for op in self._model.graph.ops[self._model.order[self._op] + 1 :]:
+        walk = self._model.wiring.walk(reached)
+        for op in walk:
             hit = [i for i, v in enumerate(op.ins) if v in reached]
-            if hit and op.name == "dot_general":
+            if op.name == "dot_general":
                 return self._read_by(op, hit[0], reached[op.ins[hit[0]]]) if len(hit) == 1 else None
-            if hit:
-                axes = [moved for i in hit if (moved := _moved(op, i, reached[op.ins[i]])) is not None]
-                reached.update({out: max(axes, key=len) for out in op.outs if axes})
+            axes = [moved for i in hit if (moved := _moved(op, i, reached[op.ins[i]])) is not None]
+            if axes:
+                reached.update(dict.fromkeys(op.outs, max(axes, key=len)))
+                walk.reach(op.outs)
         return None
 
     def _read_by(self, op: Op, operand: int, key_axes: tuple[int, ...]) -> Attention | None:

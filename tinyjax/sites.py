@@ -7,6 +7,7 @@ cannot grow is listed too, with the reason.
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -156,10 +157,10 @@ def _single(model: Dimensions) -> list[tuple[Site, tuple[Path, ...]]]:
     found = {}
     for producer in model.uses:
         kept, _ = kernel_atoms(model.axes, producer)
-        readers = [] if kept else [u for u in model.fed(producer) if not kernel_atoms(model.axes, u)[1]]
-        if readers and len(model.graph.params[model.names.index(producer.leaf)].shape) > 1:
+        reader = None if kept else model.fed_narrow(producer)
+        if reader is not None and len(model.graph.params[model.names.index(producer.leaf)].shape) > 1:
             why = "it has a single slot, and an axis of length one has no identity; trace with at least two slots"
-            kernels = (Kernel(producer.kernel),), (Kernel(readers[0].kernel),)
+            kernels = (Kernel(producer.kernel),), (Kernel(reader.kernel),)
             found.setdefault(producer.leaf, (Site("", 1, False, why, (), *kernels), ()))
     return list(found.values())
 
@@ -168,27 +169,32 @@ def _named(model: Dimensions, judged: Sequence[tuple[Site, tuple[Path, ...]]]) -
     """The sites with their names: of several behind one kernel, those that grow come first, then `name[1]`, ..."""
     taken: set[str] = set()
     names: dict[int, str] = {}
+    siblings = _matrices_by_module(model)
     for i in sorted(range(len(judged)), key=lambda i: not judged[i][0].growable):
         site, _ = judged[i]
-        name = site.name or _short_name(model, (*site.producers, *site.members)[0].leaf)
+        name = site.name or _short_name(siblings, (*site.producers, *site.members)[0].leaf)
         candidates = (name if k == 0 else f"{name}[{k}]" for k in itertools.count())
         names[i] = next(candidate for candidate in candidates if candidate not in taken)  # a leaf may be called `w[1]`
         taken.add(names[i])
     return [(dataclasses.replace(site, name=names[i]), paths) for i, (site, paths) in enumerate(judged)]
 
 
-def _short_name(model: Dimensions, leaf: str) -> str:
+def _matrices_by_module(model: Dimensions) -> Counter[str]:
+    """How many matrices every module has."""
+    return Counter(leaf.removesuffix("/value").rpartition("/")[0] for leaf in model.matrices)
+
+
+def _short_name(siblings: Counter[str], leaf: str) -> str:
     """The module's path where the kernel is its only matrix, else the leaf's path; without a leading `params`."""
     leaf = leaf.removesuffix("/value")  # the inner name of an NNX variable
     parent = leaf.rpartition("/")[0]
-    siblings = [m for m in model.matrices if m.removesuffix("/value").rpartition("/")[0] == parent]
-    short = parent if parent not in ("", "params") and len(siblings) <= 1 else leaf
+    short = parent if parent not in ("", "params") and siblings[parent] <= 1 else leaf
     return short.removeprefix("params/") or "params"  # a single array has no path
 
 
 def _missed(model: Dimensions, missed: Missed) -> Site:
     """The site of a dimension that only the census found, named after the leaf behind it."""
-    name = "" if missed.dimension in model.leaves else _short_name(model, model.names[missed.leaf])
+    name = "" if missed.dimension in model.leaves else _short_name(_matrices_by_module(model), model.names[missed.leaf])
     return describe(model, missed.dimension, Verdict(missed.reason.replace("``", "`params`")), name)
 
 
@@ -197,13 +203,13 @@ def _unseen(
 ) -> list[tuple[Site, tuple[Path, ...]]]:
     """Matrices among leaves that never meet an activation, as far as can be seen."""
     listed = {leaf for d in dimensions for leaf, _ in model.leaves[d]}
-    unseen = []
+    unseen, siblings = [], _matrices_by_module(model)
     for leaf in leaves:
         wide = [n for n in model.graph.params[leaf].shape[model.depth(leaf) :] if n > 1]
         if leaf in listed or model.names[leaf] in model.matrices or len(wide) < 2:
             continue
         why = f"`{model.names[leaf]}` never reaches a matrix product that can be seen{model.first_user(leaf)}"
-        unseen.append((Site(_short_name(model, model.names[leaf]), wide[-1], False, why, (), (), ()), ()))
+        unseen.append((Site(_short_name(siblings, model.names[leaf]), wide[-1], False, why, (), (), ()), ()))
     return unseen
 
 

@@ -5,7 +5,7 @@ scan (one step later), out of it (all steps along a new axis, or the last one), 
 and flips of that axis. Everything on the way must treat units one by one, and leave an empty one silent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,7 +57,7 @@ class States:
         reads: for the products that read states, what they read.
     """
 
-    def __init__(self, model: Dimensions, dimension: Atom, start: Value, readers: Sequence[Use]):
+    def __init__(self, model: Dimensions, dimension: Atom, start: Value, readers: Mapping[Value, Sequence[Use]]):
         scans = model.wiring.made_by[start].scans
         if len(scans) > 1:
             raise Unaligned("it recurs inside nested loops")
@@ -69,17 +69,19 @@ class States:
         first = Held(tuple(range(self.length)), self.along, start, np.zeros((), start.dtype), near=near)
         self.held: dict[Value, Held] = {start: first}
         self.reads: dict[Use, Held] = {}
-        ends = {use.op for use in readers}
-        done: set[Op] = set()
-        # What a scan hands to its next step is read above where it is made: the graph is gone through until it settles.
-        while found := [op for op in model.graph.ops if op not in done and any(v in self.held for v in op.ins)]:
-            for op in found:
-                done.add(op)
-                if op not in ends:
+        done, fresh = set[Op](), [start]
+        # What a scan hands to its next step is read above where it is made: round by round, until it settles.
+        while fresh:
+            found = {op for v in fresh for op in model.wiring.used_by.get(v, ())} - done
+            done |= found
+            fresh = []
+            for op in sorted(found, key=model.order.__getitem__):
+                if not any(use.op is op for v in op.ins for use in readers.get(v, ())):
+                    fresh += [v for v in (*op.outs, *op.ins) if v not in self.held]
                     self._follow(op)
-        for use in readers:
-            if use.input_value in self.held:
-                self.reads[use] = self._readable(self.held[use.input_value])
+            fresh = [v for v in fresh if v in self.held]
+        for use in sorted((use for v in self.held for use in readers.get(v, ())), key=lambda use: model.order[use.op]):
+            self.reads[use] = self._readable(self.held[use.input_value])
 
     def _readable(self, held: Held) -> Held:
         if held.culprit:

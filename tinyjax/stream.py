@@ -6,8 +6,10 @@ small as gamma changes it by gamma^2, so that the slope is exact when writers ta
 and position embeddings are writers whose inputs are one-hot rows.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -20,8 +22,8 @@ from tinyjax.mixing import is_taken_off
 from tinyjax.norms import roles
 from tinyjax.rules import REDUCTIONS, whole_in_gather
 from tinyjax.site import Stream
-from tinyjax.tangent import Tangent, slot_path
-from tinyjax.trace import MATMULS, OWN, Op, Value, behind_loss
+from tinyjax.tangent import Tangent, between, follow, slot_path
+from tinyjax.trace import MATMULS, OWN, Op, Value
 from tinyjax.uses import Use, aligned, array_layout, leaf_layout
 from tinyjax.wiring import is_view
 
@@ -34,6 +36,10 @@ _LAYER_NORM = (
     "`{op}` over it is no mean square (a layer norm): a new coordinate would move the mean; centre what is written to "
     "the stream and use an RMS norm, the same function"
 )
+
+
+_Writer = tuple[Use, tuple[int, ...] | None]
+"""A writer, and of a table that is added as it is which of its rows go where."""
 
 
 class Branch(NamedTuple):
@@ -56,18 +62,44 @@ class Branch(NamedTuple):
         return self.use.op.name not in MATMULS
 
 
+class Branches(Sequence[Branch]):
+    """The writers of a stream on their way to one reader.
+
+    They are found when they are first asked for: all of them are as many as writers times readers.
+    """
+
+    def __init__(self, writers: Sequence[_Writer], tangent: Callable[[Use], Tangent | None]):
+        self._writers, self._tangent = writers, tangent
+
+    @functools.cached_property
+    def _found(self) -> tuple[Branch, ...]:
+        return tuple(Branch(use, rows, self._tangent(use)) for use, rows in self._writers)
+
+    @overload
+    def __getitem__(self, index: int) -> Branch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Branch]: ...
+    def __getitem__(self, index: int | slice) -> Branch | Sequence[Branch]:
+        return self._found[index]
+
+    def __len__(self) -> int:
+        return len(self._writers)
+
+
 class Found(NamedTuple):
     """A stream that can grow.
 
     Attributes:
-        branches: for every tensor that is read, all writers in order.
+        writers: the products and tables that write it, in order.
+        branches: for every tensor that is read, the writers on their way to it.
         readers: for every tensor that is read, the products that read it, rows in one order.
         roles: of the vectors on the stream.
         powers: see `Site`: the norm divides by the capacity.
         stream: for the site.
     """
 
-    branches: tuple[tuple[Branch, ...], ...]
+    writers: tuple[Use, ...]
+    branches: tuple[Branches, ...]
     readers: tuple[tuple[Use, ...], ...]
     roles: dict[int, str]
     powers: tuple[tuple[str, float], ...]
@@ -107,34 +139,36 @@ def find_stream(model: Dimensions, dimension: Atom) -> Found:
     writers.sort(key=lambda use: model.order[use.op])
     _require_plain(writers, consumers)
     starts = [use.op.outs[0] for use in writers]
-    flow = Flow(model.graph, model.axes, model.wiring, writers[0], dimension, frozenset(), starts[1:])
+    flow = Flow(model.axes, model.wiring, writers[0], dimension, frozenset(), starts[1:])
     if flow.trouble:
         raise Unaligned(flow.trouble)
     divided = _norms(model, flow, dimension, consumers)
     found = roles(flow)
-    found |= {leaf: "fan_in" for leaf, name in enumerate(model.names) if name in {use.leaf for use in writers}}
+    kernels = {use.leaf for use in writers}
+    found |= {leaf: "fan_in" for leaf, _ in model.leaves[dimension] if model.names[leaf] in kernels}
     biases = {use.bias.leaf for use in writers if use.bias is not None}
     positions = _added(model, flow, dimension, found, biases)
     _require_accounted(model, flow, dimension, found, (*writers, *consumers))
+    products = {use.op for use in writers}
     writers = sorted([(use, None) for use in writers] + positions, key=lambda one: model.order[one[0].op])
     groups = _grouped(model, consumers, flow, divided is not None)
     if (count := len(groups) * sum(num_inputs(use) for use, _ in writers) ** 2) > LARGEST:
         raise Unaligned(f"the second moments of what its {len(groups)} readers see would hold {count} numbers")
-    branches = tuple(
-        tuple(Branch(use, rows, _tangent(model, flow, use, dimension, group[0])) for use, rows in writers)
-        for group in groups
-    )
-    for b, (use, _) in enumerate(writers):
-        if all(of_reader[b].tangent is None for of_reader in branches):
-            raise Unaligned(f"nothing reads what `{use.leaf}` writes")
-    powers = _powers(model, flow, found, [use for use, _ in writers], groups) if divided else ()
+    uses = tuple(use for use, _ in writers)
+    _require_followed(model, flow, dimension, uses, products, [group[0].input_value for group in groups])
+    powers = _powers(model, flow, found, uses, groups) if divided else ()
     normed = divided is not None
-    return Found(branches, groups, found, powers, Stream(tuple(map(len, groups)), normed))
+    parts = functools.cache(flow.downstream)
+    branches = tuple(
+        Branches(writers, functools.partial(_tangent, model, parts, dimension, group[0])) for group in groups
+    )
+    return Found(uses, branches, groups, found, powers, Stream(tuple(map(len, groups)), normed))
 
 
 def _require_plain(writers: Sequence[Use], consumers: Sequence[Use]) -> None:
     """Raises unless every kernel is used once, as a plain matrix outside of scans."""
-    written, read = [use.leaf for use in writers], [use.leaf for use in consumers]
+    written, read = [use.leaf for use in writers], {use.leaf for use in consumers}
+    times = Counter(use.leaf for use in (*writers, *consumers))
     for leaf in written:
         if leaf in read:
             table = any(use.leaf == leaf and use.op.name not in MATMULS for use in writers)
@@ -148,7 +182,7 @@ def _require_plain(writers: Sequence[Use], consumers: Sequence[Use]) -> None:
             raise Unaligned(f"`{use.leaf}` is used in a scan")
         if use.window is not None:
             raise Unaligned(f"`{use.leaf}` is a convolution")
-        if (written + read).count(use.leaf) > 1:
+        if times[use.leaf] > 1:
             raise Unaligned(f"`{use.leaf}` is used more than once")
     for use in writers:
         if len([f for f in use.kernel.cols if use.kernel.factors[f] > 1]) > 1:
@@ -161,8 +195,8 @@ def _require_plain(writers: Sequence[Use], consumers: Sequence[Use]) -> None:
 def _lookups(model: Dimensions, dimension: Atom) -> list[Use]:
     """Tables whose rows are looked up by index, each as a use: what is recorded are the indices."""
     found = []
-    for op in model.graph.ops:
-        if op.name != "gather" or op.ins[0] not in model.wiring.views or op.inside or op.scans:
+    for op in model.tables.get(dimension, ()):
+        if op.inside or op.scans:
             continue
         numbers, (table, indices) = op.params["dimension_numbers"], op.ins
         if len(table.shape) != 2 or numbers.operand_batching_dims:
@@ -258,12 +292,12 @@ def _norms(model: Dimensions, flow: Flow, dimension: Atom, consumers: Sequence[U
     Raises:
         Unaligned: something else than linear operations, readers and root-mean-square norms sees the stream.
     """
-    reading, needed = {use.op for use in consumers}, behind_loss(model.graph)
+    reading, needed = {use.op for use in consumers}, model.axes.needed
     squared: set[Value] = set()
     divided: set[bool] = set()
-    for op in model.graph.ops:
+    for op in flow.ops:
         inside = [v for v in op.ins if v in flow.mixing]
-        if not inside or op in reading or not any(v in needed for v in op.outs):
+        if op in reading or not any(v in needed for v in op.outs):
             continue
         if op.name in OWN:
             raise Unaligned("a norm of `tinyjax.models` counts its coordinates; a plain RMS norm can grow")
@@ -327,10 +361,10 @@ def _require_accounted(
     """Raises unless every leaf along the dimension is a kernel, a shift or a scale, and enters nowhere else."""
     accounted = {use.op for use in kernels} | {meetings[0].op for meetings in flow.met.values()} | flow.beside
     names = {use.leaf for use in kernels}
-    leaves = [leaf for leaf, _ in model.leaves[dimension]]
-    for leaf in leaves:
+    times = Counter(leaf for leaf, _ in model.leaves[dimension])
+    for leaf in times:
         name = model.names[leaf]
-        if leaves.count(leaf) > 1:
+        if times[leaf] > 1:
             raise Unaligned(f"it runs twice through `{name}`")
         for op, _ in model.entries.get(leaf, ()):
             if op not in accounted:
@@ -374,16 +408,29 @@ def _grouped(model: Dimensions, consumers: Sequence[Use], flow: Flow, normed: bo
     return tuple(found)
 
 
-def _tangent(model: Dimensions, flow: Flow, writer: Use, dimension: Atom, reader: Use) -> Tangent | None:
+def _require_followed(
+    model: Dimensions, flow: Flow, dimension: Atom, writers: Sequence[Use], products: Set[Op], read: Sequence[Value]
+) -> None:
+    """Raises unless every writer is read, and what lies between writers and readers can be followed.
+
+    Each operation is looked at once, whichever writers and readers it lies between.
+    """
+    ops = between(model.wiring, flow, products, read)
+    follow(model.axes, model.wiring, flow, writers[0], dimension, ops, {dimension}, model.kernels)
+    leading = {*read, *(v for op in ops for v in op.ins)}
+    for use in writers:
+        if use.op.outs[0] not in leading:
+            raise Unaligned(f"nothing reads what `{use.leaf}` writes")
+
+
+def _tangent(
+    model: Dimensions, parts: Callable[[Value], Flow], dimension: Atom, reader: Use, writer: Use
+) -> Tangent | None:
     """What lies between a writer and a reader; None where the reader comes first."""
-    own = flow.downstream(model.graph, writer.op.outs[0])
-    read = reader.input_value
+    own, read = parts(writer.op.outs[0]), reader.input_value
     if read not in own.mixing:
         return None
-    kernels = frozenset(use.op for use in model.uses)
-    return slot_path(
-        model.graph, model.axes, model.wiring, own, writer, dimension, read, reader.inputs, {dimension}, kernels
-    )
+    return slot_path(model.axes, model.wiring, own, writer, dimension, read, reader.inputs, {dimension}, model.kernels)
 
 
 def _powers(
@@ -402,17 +449,18 @@ def _powers(
     scales = {leaf for leaf, role in found.items() if role == "scale" and _is_behind_norm(flow, leaf)}
     powers |= {model.names[leaf]: 0.5 for leaf, role in found.items() if role == "shift"}
     powers |= {model.names[leaf]: -0.5 for leaf in scales}
-    behind = {leaf: flow.downstream(model.graph, flow.met[leaf][0].op.outs[0]).mixing for leaf in scales}
-    for leaf, reached in behind.items():
-        for op in model.graph.ops:
-            joined = [v for v in op.ins if v in flow.mixing and v not in reached]
-            if any(v in reached for v in op.ins) and (joined or _is_square(op, flow)):
+    scaled: Counter[Value] = Counter()
+    for leaf in scales:
+        behind = flow.downstream(flow.met[leaf][0].op.outs[0])
+        scaled.update(behind.mixing.keys())
+        for op in behind.ops:
+            joined = any(v in flow.mixing and v not in behind.mixing for v in op.ins)
+            if joined or _is_square(op, flow):
                 raise Unaligned(f"what `{model.names[leaf]}` scales behind a norm meets the stream or a norm again")
     for group in groups:
-        on_the_way = sum(group[0].input_value in reached for reached in behind.values())
-        if on_the_way > 1:
+        if scaled[group[0].input_value] > 1:
             raise Unaligned(f"`{group[0].leaf}` reads it through several scales")
-        if not on_the_way:
+        if not scaled[group[0].input_value]:
             powers |= {use.leaf: -0.5 for use in group}
     return tuple(powers.items())
 

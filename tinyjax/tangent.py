@@ -7,7 +7,7 @@ columns at a time as there are slots, through the operations of the path, each r
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from tinyjax.geometry import Unaligned
 from tinyjax.layout import Layout
 from tinyjax.rules import ELEMENTWISE, contraction
 from tinyjax.slopes import carried_near
-from tinyjax.trace import Graph, Op, Value
+from tinyjax.trace import Op, Value
 from tinyjax.uses import Use
 from tinyjax.wiring import Wiring, is_view
 
@@ -67,7 +67,6 @@ class Tangent(NamedTuple):
 
 
 def find_tangent(
-    graph: Graph,
     axes: Axes,
     wiring: Wiring,
     flow: Flow,
@@ -79,7 +78,6 @@ def find_tangent(
     """The path of a slot, and its uses: heads as layers of the producer's kernel, and in front of the consumers' rows.
 
     Args:
-        graph: the flat graph.
         axes: of its tensors.
         wiring: of its values.
         flow: from the producer along the dimension.
@@ -98,7 +96,7 @@ def find_tangent(
     consumers = tuple(heads_first(use, heads, dimension, producer.leaf) for use in consumers)
     first = consumers[0]
     kept = {dimension, *heads}
-    found = slot_path(graph, axes, wiring, flow, producer, dimension, first.input_value, first.inputs, kept, kernels)
+    found = slot_path(axes, wiring, flow, producer, dimension, first.input_value, first.inputs, kept, kernels)
     if heads and not any(op.name == "dot_general" for op in found.ops):
         # A view into heads whose sizes the model may have written out (pixels of a shuffle): not one to make room in.
         raise Unaligned(f"`{producer.leaf}` produces it together with another axis, not mixed by attention")
@@ -106,7 +104,6 @@ def find_tangent(
 
 
 def slot_path(
-    graph: Graph,
     axes: Axes,
     wiring: Wiring,
     flow: Flow,
@@ -122,7 +119,32 @@ def slot_path(
     Raises:
         Unaligned: with the reason.
     """
-    ops = _between(graph, flow, producer.op, read)
+    ops = between(wiring, flow, {producer.op}, [read])
+    taps, scalars, factors = follow(axes, wiring, flow, producer, dimension, ops, kept, kernels)
+    slot = next(
+        f for f, a in enumerate(producer.output_atoms) if f in producer.outputs.cols and a and root(a) is dimension
+    )
+    empty = {v: flow.empty[v] for op in ops for v in op.ins if v in flow.mixing}
+    start = producer.op.outs[0]
+    near = (carried_near(wiring, flow, start, ops, 1), carried_near(wiring, flow, start, ops, -1))
+    return Tangent(tuple(ops), taps, factors, scalars, empty, producer, slot, read, layout, near)
+
+
+def follow(
+    axes: Axes,
+    wiring: Wiring,
+    flow: Flow,
+    producer: Use,
+    dimension: Atom,
+    ops: Sequence[Op],
+    kept: set[Atom],
+    kernels: frozenset[Op],
+) -> tuple[dict[Address, int], dict[Value, Any], dict[Value, Address]]:
+    """The taps, scalars and factors of a `Tangent` along some operations.
+
+    Raises:
+        Unaligned: with the reason.
+    """
     taps: dict[Address, int] = {}
     scalars: dict[Value, Any] = {}
     factors: dict[Value, Address] = {}
@@ -146,13 +168,7 @@ def slot_path(
                 why = f"its rows are mixed by `{op.name}` in a way that cannot be followed"
                 raise Unaligned(flow.mixing[op.outs[0]] or why)
             taps[op.path] = i
-    slot = next(
-        f for f, a in enumerate(producer.output_atoms) if f in producer.outputs.cols and a and root(a) is dimension
-    )
-    empty = {v: flow.empty[v] for op in ops for v in op.ins if v in flow.mixing}
-    start = producer.op.outs[0]
-    near = (carried_near(wiring, flow, start, ops, 1), carried_near(wiring, flow, start, ops, -1))
-    return Tangent(tuple(ops), taps, factors, scalars, empty, producer, slot, read, layout, near)
+    return taps, scalars, factors
 
 
 def carry(tangent: Tangent, x: Array, recorded: Mapping[Address, Array]) -> Array:
@@ -220,14 +236,15 @@ def _replaced(values: Sequence[Any], where: Sequence[int], new: Sequence[Array])
     return [at.get(i, value) for i, value in enumerate(values)]
 
 
-def _between(graph: Graph, flow: Flow, producer: Op, read: Value) -> list[Op]:
-    """The operations from a product to a value, in order."""
-    needed, found = {read}, []
-    for op in reversed(graph.ops):
-        if op is not producer and any(v in needed for v in op.outs):
-            found.append(op)
-            needed.update(v for v in op.ins if v in flow.mixing)
-    return found[::-1]
+def between(wiring: Wiring, flow: Flow, producers: Set[Op], read: Iterable[Value]) -> list[Op]:
+    """The operations from some products to some values, in order."""
+    found, queue = set[Op](), [*read]
+    while queue:
+        op = wiring.made_by.get(queue.pop())
+        if op is not None and op not in producers and op not in found:
+            found.add(op)
+            queue += [v for v in op.ins if v in flow.mixing]
+    return sorted(found, key=wiring.order.__getitem__)
 
 
 def _require_slotwise(axes: Axes, flow: Flow, producer: Op, op: Op, kept: set[Atom], dimension: Atom) -> None:
