@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.constants import number_of
 from tinyjax.rules import ELEMENTWISE
 from tinyjax.trace import Op, Value
 from tinyjax.uses import Use
@@ -32,7 +33,7 @@ def activation_between(wiring: Wiring, use: Use, end: Value) -> Callable[[Array]
     stack: list[tuple[Value, Op, Iterator[Value]]] = []  # what is being looked into, its operands still to look at
 
     def enter(value: Value) -> None:
-        if value in done or value.const is not None or value in wiring.views:
+        if value in done or value in wiring.views or number_of(wiring, value) is not None:
             return
         op = wiring.made_by.get(value)
         view = op is not None and (is_view(op) or op.name == "broadcast_in_dim")
@@ -59,7 +60,8 @@ def activation_between(wiring: Wiring, use: Use, end: Value) -> Callable[[Array]
         def read(value: Value) -> Any:
             if value in values:
                 return values[value]
-            return jnp.asarray(0 if value.const is None else value.const, value.dtype)  # the bias is in z already
+            number = number_of(wiring, value)
+            return jnp.asarray(0 if number is None else number, value.dtype)  # the bias is in z already
 
         for op, ins in order:
             values[op.outs[0]] = _apply(op, [read(v) for v in ins])

@@ -129,9 +129,9 @@ def _first_readers(graph: Graph, uses: Iterable[tuple[int, Use]]) -> dict[Value,
     for number, use in uses:
         first.setdefault(use.input_value, number)
     for op in reversed(graph.ops):
-        found = min((first[v] for v in op.outs if v in first), default=None)
-        for value in op.ins if found is not None else ():
-            first[value] = min(first.get(value, found), found)
+        found = [first[v] for v in op.outs if v in first]
+        for value in op.ins if found else ():
+            first[value] = min(first.get(value, found[0]), *found)
     return first
 
 

@@ -21,7 +21,7 @@ def leaves_behind(wiring: Wiring, axes: Axes, value: Value) -> dict[int, frozens
     queue: list[tuple[Value, frozenset[str]]] = [(value, frozenset())]
     while queue:
         v, through = queue.pop()
-        if v in seen:
+        if v in seen or v not in wiring.learned:
             continue
         seen.add(v)
         if v in wiring.views:

@@ -24,6 +24,7 @@ class Wiring:
         order: position of every operation.
         views: values that are views of a leaf.
         views_of: for every leaf, these values.
+        learned: values that some leaf reaches.
         steps: for a value, the scans from one step of which to the next it may change.
         numbers: what values are known to hold throughout, None where that is no number; see `constants.number_of`.
     """
@@ -34,6 +35,7 @@ class Wiring:
         self.order: dict[Op, int] = {op: i for i, op in enumerate(graph.ops)}
         self.views: dict[Value, View] = {v: View(i, 0) for i, v in enumerate(graph.params)}
         self.views_of: list[list[Value]] = [[v] for v in graph.params]
+        self.learned: set[Value] = set(graph.params)
         self.steps: dict[Value, frozenset[Scan]] = {}
         self._copies = copies(graph)
         self.numbers: dict[Value, Any] = {}
@@ -47,6 +49,8 @@ class Wiring:
             self.steps.update(dict.fromkeys(op.outs, changing.intersection(op.scans)))
             for v in op.ins:
                 self.used_by.setdefault(v, []).append(op)
+            if any(v in self.learned for v in op.ins):
+                self.learned.update(op.outs)
             self._note_views(op)
 
     def _note_views(self, op: Op) -> None:
