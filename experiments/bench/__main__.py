@@ -138,6 +138,15 @@ def forecasts(lines: list[Line]) -> Iterator[Row]:
         yield at_most(f"forecast of the {line['what']} at {line['network']}, factor", error, 1.3)
 
 
+def discovery(lines: list[Line]) -> Iterator[Row]:
+    seconds = {line["network"]: line["seconds"] for line in lines if "seconds" in line}
+    yield at_most("find_sites of 24 layers of 768, seconds of CPU", seconds["transformer 24 x 768"], 1.5)
+    yield at_most("find_sites of 48 layers of 768, seconds of CPU", seconds["transformer 48 x 768"], 3.0)
+    for line in lines:
+        if "exponent" in line:
+            yield at_most(f"{line['network']} of find_sites in the number of layers", line["exponent"], 1.2)
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "mnist5k": Benchmark("versus_gromo", ("--dataset", "mnist5k", "--json"), mnist5k, peer=True),
     "digits": Benchmark("versus_gromo", ("--dataset", "digits", "--json"), digits, peer=True),
@@ -149,6 +158,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "growth_compiling": Benchmark("compile_growth", (), growth_compiling),
     "whole_run": Benchmark("whole_run", (), whole_run),
     "forecasts": Benchmark("forecasts", (), forecasts),
+    "discovery": Benchmark("discovery", (), discovery),
 }
 
 
