@@ -99,11 +99,11 @@ def _frames() -> int:
     ("model", "growable", "refused"),
     [
         # Of every attention its heads, queries and keys, and values; of every block its hidden layer; the streams not.
-        pytest.param(language_model, 12 * 4, {"block0/self/out": "a layer norm?"}, id="lm1b"),
+        pytest.param(language_model, 12 * 4, {"block0/self/out": "(a layer norm)"}, id="lm1b"),
         pytest.param(
             translator,
             12 * 4 + 12 * 7,
-            {"encoder0/self/out": "a layer norm?", "decoder0/self/out": "a layer norm?"},
+            {"encoder0/self/out": "(a layer norm)", "decoder0/self/out": "(a layer norm)"},
             id="wmt",
         ),
         pytest.param(vision_transformer, 12 * 4, {"patches": "is a convolution"}, id="vit"),

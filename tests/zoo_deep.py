@@ -329,18 +329,16 @@ class VisionTransformer(nn.Module):
         return nn.Dense(5, name="head")(nn.LayerNorm(name="last")(s)[:, 0])
 
 
-def public(net: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Deep:
-    """One of them in training mode, under the cross-entropy of its last input (of a class for each image)."""
+def public(net: nn.Module, *inputs: jax.ShapeDtypeStruct, labels: jax.ShapeDtypeStruct | None = None) -> Deep:
+    """One of them in training mode, under the cross-entropy of labels, by default its last input."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(lambda key, *x: net.init({"params": key, "dropout": key}, *x), key, *inputs)
 
     def loss_fn(params: Any, batch: Any) -> Any:
-        *inputs, key = batch
-        logits = net.apply(params, *inputs, rngs={"dropout": key})
-        words = inputs[-1] if logits.ndim == 3 else jnp.ones(len(logits), jnp.int32)
-        return token_loss(logits, words)
+        inputs, labels, key = batch
+        return token_loss(net.apply(params, *inputs, rngs={"dropout": key}), labels)
 
-    return Deep(loss_fn, params, (*inputs, key))
+    return Deep(loss_fn, params, (inputs, inputs[-1] if labels is None else labels, key))
 
 
 def words(length: int) -> jax.ShapeDtypeStruct:
@@ -356,4 +354,4 @@ def translator(layers: int) -> Deep:
 
 
 def vision_transformer(layers: int) -> Deep:
-    return public(VisionTransformer(layers), array(3, 4, 6, 3))
+    return public(VisionTransformer(layers), array(3, 4, 6, 3), labels=array(3, dtype=jnp.int32))

@@ -243,10 +243,10 @@ def handed_on(p: Any, x: Any) -> Any:
     return jax.lax.scan(lambda h, x: (cell(p, h, x), None), first, x.swapaxes(0, 1))[0] @ p["v"]
 
 
-refused("gru", last(gru), "gated cells cannot grow", "wz", wz=(3, 4), uz=(4, 4))
+refused("gru", last(gru), "cells with several cannot grow", "wz", wz=(3, 4), uz=(4, 4))
 refused("leaky", last(lambda p, h, x: 0.5 * h + 0.5 * cell(p, h, x)), "meet another tensor in `add`")
 refused("residual", last(lambda p, h, x: h + cell(p, h, x)), "meet another tensor in `add`")
-refused("masked", last(masked), "a mask")
+refused("masked", last(masked), "meet another tensor in `select_n`")
 refused("sigmoid", last(lambda p, h, x: jax.nn.sigmoid(x @ p["w"] + h @ p["u"])), "maps 0 to 0.5")
 refused("mean_over_time", lambda p, x: scanned(p, x)[1].mean(0) @ p["v"], "mixed by `reduce_sum`")
 refused("flattened", lambda p, x: scanned(p, x)[1].swapaxes(0, 1).reshape(5, -1) @ p["v"], "another axis", v=(16, 2))
@@ -256,4 +256,4 @@ refused("learned_start", lambda p, x: jax.lax.scan(lambda h, x: (cell(p, h, x), 
 refused("handed_on", handed_on, "begin another loop")
 refused("embedded", embedded, "something else than products", "u")
 refused("two_activations", lambda p, x: jnp.sin(scanned(p, x)[0]) @ p["v"], "different tensors")
-refused("layer_norm", last(lambda p, h, x: (lambda z: z - z.mean(-1, keepdims=True))(cell(p, h, x))), "layer norm")
+refused("layer_norm", last(lambda p, h, x: jax.nn.standardize(cell(p, h, x))), "mixed by `reduce_sum`")

@@ -6,7 +6,7 @@ of new heads are computed by the model's own operations between scores and weigh
 are what they are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tinyjax.atoms import Atom, root, roots
@@ -100,12 +100,19 @@ def is_turned(model: Dimensions, producers: Sequence[Use]) -> bool:
         for op in walk:
             hit = [reached[v] for v in op.ins if v in reached]
             done = frozenset[str]().union(*hit)
+            if op.name in _JOINS and _meets_activations(model, op, reached):
+                continue  # a residual sum: what lies behind it may be the whole network
             if op.name in _CUTS | _TURNS or is_view(op):
                 reached.update(dict.fromkeys(op.outs, done | _done_by(model, op, len(hit), done)))
                 walk.reach(op.outs)
             elif op.name == "dot_general" and done == {"cut", "joined", "turned"}:
                 return not any(model.axes.parameter_only(v) for v in op.ins)
     return False
+
+
+def _meets_activations(model: Dimensions, op: Op, reached: Container[Value]) -> bool:
+    """Whether an operation joins what is followed with other activations, as a residual sum does."""
+    return any(v not in reached and v.shape and not model.axes.parameter_only(v) for v in op.ins)
 
 
 def _done_by(model: Dimensions, op: Op, inside: int, done: frozenset[str]) -> frozenset[str]:
