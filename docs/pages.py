@@ -1,7 +1,7 @@
 """Builds the API pages: `make docs`, or `python docs/pages.py FOLDER`; then open FOLDER/index.html.
 
-One page for each public module, with formulas set by MathJax. What is public is what a module's `__init__` re-exports
-(`X as X`), or what `costs`, `forecast` and `work` define; everything else is machinery and has no page.
+One page for the front page and one for each room, with formulas set by MathJax. What is public is what an `__init__`
+hands on, or what the modules `costs`, `forecast` and `cost_model` define; everything else is machinery and has no page.
 """
 
 import argparse
@@ -10,7 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-NAMES = ("tinyjax", *(f"tinyjax.{name}" for name in ("methods", "models", "data", "plot", "costs", "forecast", "work")))
+ROOMS = "methods models data plot core statistics surgery growth growth.optimizer analysis training training.checkpoint"
+MODULE_NAMES = "training.schedules training.schedules.costs training.forecast training.cost_model"
+NAMES = ("tinyjax", *(f"tinyjax.{name}" for name in f"{ROOMS} {MODULE_NAMES}".split()))
 MODULES = tuple(map(importlib.import_module, NAMES))
 
 

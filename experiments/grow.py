@@ -37,10 +37,10 @@ from pathlib import Path
 import rich.progress as bars
 
 import tinyjax
-from experiments import mlp, resnet
-from experiments.calibration import calibrated, estimate
-from experiments.reporting import CONSOLE, growth_table, result_table, verdict, write_results
-from experiments.tasks import METHODS, Compilations, Refused, Run, follow
+from experiments.demo import mlp, resnet
+from experiments.demo.calibration import calibrated, estimate
+from experiments.demo.runs import METHODS, Compilations, Refused, Run, follow
+from experiments.demo.tables import CONSOLE, growth_table, result_table, verdict, write_results
 
 MODELS = {"mlp": mlp.prepare, "resnet18": resnet.prepare}
 DATASETS = ("digits", "mnist5k", "cifar10", "cifar100")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.results import FOLDER, Finding, Results, read, save_figure
+from experiments.harness import FOLDER, Finding, Results, read, save_figure
 
 PRESET = "cpu"
 
@@ -95,7 +95,7 @@ def report(results: dict[str, Results], figures: Path) -> str:
     findings: dict[str, Finding] = {}
     sections = []
     for script, found in results.items():
-        experiment = importlib.import_module(f"experiments.{script}").EXPERIMENT
+        experiment = importlib.import_module(module(script)).EXPERIMENT
         of_script = {finding.item: finding for finding in experiment.findings(found.rows)}
         save_figure(figures / f"{script}-{PRESET}.png", experiment.draw(found.rows))
         sections += [
@@ -118,8 +118,14 @@ def report(results: dict[str, Results], figures: Path) -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def module(script: str) -> str:
+    """The module of a script, in whichever folder it lies."""
+    (path,) = FOLDER.glob(f"*/{script}.py")
+    return f"experiments.{path.parent.name}.{script}"
+
+
 def command(script: str) -> str:
-    return f"python -m experiments.{script} --preset {PRESET}"
+    return f"python -m {module(script)} --preset {PRESET}"
 
 
 def about(found: Results) -> str:

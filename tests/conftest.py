@@ -30,7 +30,7 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_enable_x64", True)
 # Modules whose array annotations hold at run time; must come before the first import of tinyjax.
-install_import_hook(["tinyjax.data", "tinyjax.models", "tinyjax.linalg"], "beartype.beartype")
+install_import_hook(["tinyjax.data", "tinyjax.models", "tinyjax.core.linalg"], "beartype.beartype")
 
 MAPS = Path("/proc/self/maps")  # memory mappings of this process, a line each; Linux only
 MOST_MAPS = 20_000

@@ -20,11 +20,11 @@ import numpy as np
 import optax
 
 import tinyjax
-from experiments import lora, transformer
 from experiments.bench.growth import example
 from experiments.bench.networks import random_batch, residual
 from experiments.bench.timing import where
-from experiments.resnet import trained
+from experiments.beyond import lora, transformer
+from experiments.demo.resnet import trained
 from tinyjax import data, methods
 
 

@@ -44,7 +44,7 @@ def ours(images: np.ndarray, labels: np.ndarray, config: argparse.Namespace) -> 
     def estimate(variables: Any, batch: data.Batch) -> tinyjax.Statistics:
         return tinyjax.estimate(network.loss_fn, variables, batch, site, has_aux=True)
 
-    merge = jax.jit(tinyjax.merge, donate_argnums=1)
+    merge = jax.jit(tinyjax.statistics.merge, donate_argnums=1)
 
     def sweep() -> tinyjax.Statistics:
         total = estimate(network.variables, batches[0])

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.timing import medians, temporary_mib, where
-from tinyjax.linalg import solve
-from tinyjax.patches import LINK_LIMIT, Projection, Sums, conv_sums
-from tinyjax.window import Window
+from tinyjax.core.linalg import solve
+from tinyjax.core.windows import Window
+from tinyjax.statistics.convolution.image_sums import LINK_LIMIT, Projection, conv_sums
+from tinyjax.statistics.sums import Sums
 
 SAME = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 OFFSETS = 9

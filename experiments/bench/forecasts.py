@@ -2,10 +2,10 @@
 
     python -m experiments.bench.forecasts            # two minutes on 2 CPU cores
 
-Dense and convolutional networks of `experiments.cost` on digits; two of their layers grow from half of their width in
-turns, eight neurons at a time. A gradient step and a growth of the narrowest network of a kind are the two calibration
-runs; the forecasts of its whole run and of everything at the other widths use these rates. Each growing run is done
-twice: the first one compiles and is not counted. One JSON line a forecast, `ratio` is predicted / measured.
+Dense and convolutional networks of `experiments.paper.cost` on digits; two of their layers grow from half of their
+width in turns, eight neurons at a time. A gradient step and a growth of the narrowest network of a kind are the two
+calibration runs; the forecasts of its whole run and of everything at the other widths use these rates. Each growing run
+is done twice: the first one compiles and is not counted. One JSON line a forecast, `ratio` is predicted / measured.
 """
 
 import argparse
@@ -18,13 +18,13 @@ import jax
 import optax
 
 import tinyjax
-from experiments import cost
 from experiments.bench.timing import where
-from experiments.calibration import first_seconds
-from experiments.tasks import load
+from experiments.demo.calibration import first_seconds
+from experiments.demo.runs import load
+from experiments.paper import cost
 from tinyjax import data
-from tinyjax.forecast import Forecast, Rates, of_fit
-from tinyjax.work import calibrate, seconds
+from tinyjax.training.cost_model import calibrate, seconds
+from tinyjax.training.forecast import Forecast, Rates, of_fit
 
 STEPS, PERIOD, NEURONS = 60, 10, 8
 KINDS = {"dense": cost.dense, "conv": cost.convolutional}
@@ -43,7 +43,7 @@ def predicted_and_run(network: cost.Network) -> tuple[Forecast, dict[str, float]
     options: dict[str, Any] = dict(
         sites=sites, num_neurons=min(NEURONS, *start.values()), growth_samples=config.estimation
     )
-    schedule = tinyjax.round_robin(PERIOD, options["num_neurons"], final=final, start=PERIOD)
+    schedule = tinyjax.schedules.round_robin(PERIOD, options["num_neurons"], final=final, start=PERIOD)
     programs: dict[Any, Any] = {}
 
     def records() -> Iterator[tinyjax.Record]:

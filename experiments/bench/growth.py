@@ -19,12 +19,12 @@ import optax
 
 import tinyjax
 from experiments.bench.timing import where
-from tinyjax.along import loss_along
-from tinyjax.layout import named_leaves
-from tinyjax.linalg import factor
-from tinyjax.methods.best import best
+from tinyjax.core.linalg import factor
+from tinyjax.core.params import named_leaves
+from tinyjax.discovery.graph.tracing import trace
+from tinyjax.growth.line_loss import loss_along
+from tinyjax.methods.solvers.low_rank import best
 from tinyjax.models import MLP
-from tinyjax.trace import trace
 
 WIDTHS, INPUTS, SAMPLES, AMPLITUDES = (64, 64), 784, 750, 16
 
@@ -94,8 +94,8 @@ def repeated() -> dict[str, Any]:
     """A growth of the layer that reads the data, its S decomposed before, against one that sums and factors it."""
     loss_fn, params, batch, sites = example()
     first = sites[:1]
-    grow_step = tinyjax.make_grow_step(loss_fn, first, num_neurons=8, method=tinyjax.tiny)
-    inputs = jax.jit(partial(tinyjax.decompose_inputs, loss_fn, sites=first))(params, batch)
+    grow_step = tinyjax.make_grow_step(loss_fn, first, num_neurons=8, method=tinyjax.methods.tiny)
+    inputs = jax.jit(partial(tinyjax.growth.decompose_inputs, loss_fn, sites=first))(params, batch)
     key = jax.random.key(0)
     known = milliseconds(
         lambda params, batch, inputs: grow_step(params, batch, key, inputs=inputs), params, batch, inputs
@@ -111,12 +111,12 @@ def searches() -> list[dict[str, Any]]:
     gammas = jnp.geomspace(1e-3, 1e1, AMPLITUDES)
     passes, lines = [], []
     for site in sites:
-        neurons = tinyjax.tiny(tinyjax.estimate(loss_fn, params, batch, site), num_neurons=8, ridge=1.0)
+        neurons = tinyjax.methods.tiny(tinyjax.estimate(loss_fn, params, batch, site), num_neurons=8, ridge=1.0)
         kernels = (*site.producers, *site.consumers)
         moving = {layout.leaf for k in kernels for layout in (k.layout, k.bias) if layout is not None}
 
         def path(params: Any, root: jax.Array, *, site: Any = site, neurons: Any = neurons) -> Any:
-            return tinyjax.write(params, site, neurons, amplitude=root**2)[0]
+            return tinyjax.surgery.write(params, site, neurons, amplitude=root**2)[0]
 
         def search(params: Any, batch: Any, *, path: Any = path, moving: Any = moving) -> jax.Array:
             names = named_leaves(params)

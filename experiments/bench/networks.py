@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 import tinyjax
-from experiments.relu import relu
+from experiments.activations import relu
 from tinyjax import data
 from tinyjax.models import ResNet18
 

@@ -23,10 +23,11 @@ import numpy as np
 import optax
 
 import tinyjax
-from experiments import paper
+from experiments.activations import relu
 from experiments.bench.timing import where
-from experiments.relu import relu
-from experiments.resnet import trained
+from experiments.demo.resnet import trained
+from experiments.paper import protocol
+from experiments.paper import protocol as paper
 from tinyjax import data
 from tinyjax.models import ResNet18
 
@@ -34,7 +35,7 @@ CLASSES, BATCH, SAMPLES = 100, 32, 256
 NAMES = tuple(f"conv_{i}/in/conv" for i in (2, 3, 5, 6, 8, 9, 11, 12))
 
 
-def growths(protocol: paper.Protocol) -> Iterator[tuple[str, tuple[int, ...]]]:
+def growths(protocol: protocol.Protocol) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The site and the widths afterwards of every growth."""
     before = protocol.start
     for widths in paper.planned_widths(protocol):
@@ -43,7 +44,7 @@ def growths(protocol: paper.Protocol) -> Iterator[tuple[str, tuple[int, ...]]]:
         before = widths
 
 
-def rungs(protocol: paper.Protocol) -> list[tuple[tuple[int, ...], list[str]]]:
+def rungs(protocol: protocol.Protocol) -> list[tuple[tuple[int, ...], list[str]]]:
     """The capacities of a run with multiples of 8, each with the sites that are visited while it lasts."""
     policy, final = tinyjax.multiple_of(8), dict(zip(NAMES, protocol.final))
     found: list[tuple[tuple[int, ...], list[str]]] = []

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.cost import interleaved
+from experiments.paper.cost import interleaved
 
 
 def medians(programs: Mapping[str, tuple[Any, tuple[Any, ...]]], repeats: int) -> dict[str, float]:

@@ -35,7 +35,7 @@ import tinyjax
 from tinyjax import data
 from tinyjax.models import MLP
 
-METHODS = {"tiny": tinyjax.tiny, "tiny0": tinyjax.tiny0}
+METHODS = {"tiny": tinyjax.methods.tiny, "tiny0": tinyjax.methods.tiny0}
 LIBRARIES = ("tinyjax", "gromo")
 # A growing run is short: LLVM's last passes and XLA's newer emitters (which JAX 0.12 cannot switch off) cost more time
 # than their code saves.
@@ -91,7 +91,7 @@ def build(train: data.Batch, config: dict[str, Any]) -> Programs:
     return Programs(
         sites,
         jax.jit(init, compiler_options=options),
-        jax.jit(partial(tinyjax.decompose_inputs, loss_fn, sites=sites), compiler_options=options),
+        jax.jit(partial(tinyjax.growth.decompose_inputs, loss_fn, sites=sites), compiler_options=options),
         jax.jit(tinyjax.train_epoch(loss_fn, optimizer), donate_argnums=(0, 1), compiler_options=options),
         jax.jit(traced_grow, donate_argnums=(0, 2), compiler_options=options),
         jax.jit(accuracy),

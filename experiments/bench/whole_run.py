@@ -19,16 +19,21 @@ from typing import Any
 import jax
 
 import tinyjax
-from experiments import growth_curves, resnet
 from experiments.bench.timing import where
-from experiments.tasks import load
+from experiments.demo import resnet
+from experiments.demo.runs import load
+from experiments.paper import growth_curves
 from tinyjax import methods
 
 
 def small() -> tuple[str, int, resnet.Preset]:
     """The thinnest start of `growth_curves --preset cpu`: data set, pooling, preset."""
     config = growth_curves.PRESETS["cpu"]
-    return config.dataset, config.pool, resnet.Preset(growth_curves.protocol(config, "1 channel", 0.25), tinyjax.full)
+    return (
+        config.dataset,
+        config.pool,
+        resnet.Preset(growth_curves.protocol(config, "1 channel", 0.25), tinyjax.surgery.full),
+    )
 
 
 SIZES: Mapping[str, Callable[[], tuple[str, int, resnet.Preset]]] = {

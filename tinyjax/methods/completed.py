@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.methods.base import (
+from tinyjax.core.neurons import Neurons
+from tinyjax.methods.solvers.neuron_count import significant
+from tinyjax.methods.solvers.traits import (
     Method,
-    Neurons,
     common_residual,
     is_function_preserving,
     is_stochastic,
@@ -16,8 +17,7 @@ from tinyjax.methods.base import (
     require_key,
     traits,
 )
-from tinyjax.methods.how_many import significant
-from tinyjax.statistics import Statistics
+from tinyjax.statistics.record import Statistics
 
 
 def within_rank(statistics: Statistics, neurons: Neurons) -> Array:
@@ -55,7 +55,7 @@ def completed(
         A method. The singular value of a replaced neuron is 0; `delta` is that of `method`.
 
     Example:
-        >>> method = tinyjax.completed(tinyjax.tiny0, tinyjax.random0)
+        >>> method = tinyjax.methods.completed(tinyjax.methods.tiny0, tinyjax.methods.random0)
         >>> method(statistics, num_neurons=2, key=key).alpha.shape
         (5, 2)
 

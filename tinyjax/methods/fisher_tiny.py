@@ -2,13 +2,15 @@
 
 from jaxtyping import Array
 
-from tinyjax.linalg import factor
-from tinyjax.methods.base import Neurons, input_root, only_live, traits
-from tinyjax.methods.best import best
-from tinyjax.methods.ridge import held_out, held_out_update
-from tinyjax.methods.tiny import ridge_of_update
-from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
-from tinyjax.statistics import Statistics, moments
+from tinyjax.core.linalg import factor
+from tinyjax.core.neurons import Neurons
+from tinyjax.methods.solvers.best_update import Ridge, best_update, residual_cross, resolve
+from tinyjax.methods.solvers.live import input_root, only_live
+from tinyjax.methods.solvers.low_rank import best
+from tinyjax.methods.solvers.ridge import held_out_ridge, held_out_update, ridge_of_update
+from tinyjax.methods.solvers.traits import traits
+from tinyjax.statistics.averages import moments
+from tinyjax.statistics.record import Statistics
 
 
 @traits(function_preserving=False, stochastic=False, needs={"energy_matrix": True}, residual=held_out_update)
@@ -16,7 +18,7 @@ def fisher_tiny(
     statistics: Statistics,
     *,
     num_neurons: int,
-    ridge: Ridge = held_out,
+    ridge: Ridge = held_out_ridge,
     update_ridge: Ridge | None = None,
     output_ridge: float = 1e-2,
     key: Array | None = None,
@@ -44,7 +46,7 @@ def fisher_tiny(
     Example:
         >>> estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=site, energy_matrix=True))
         >>> statistics = estimate(params, batch)
-        >>> neurons = tinyjax.fisher_tiny(statistics, num_neurons=2)
+        >>> neurons = tinyjax.methods.fisher_tiny(statistics, num_neurons=2)
         >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
         ((5, 2), (2, 12))
 

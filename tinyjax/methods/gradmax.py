@@ -3,10 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import matmul, top_singular
-from tinyjax.methods.base import Neurons, live_outputs, require_count, traits
-from tinyjax.methods.update import residual_cross, unprojected_cross
-from tinyjax.statistics import Moments, Statistics, moments
+from tinyjax.core.linalg import matmul, top_singular
+from tinyjax.core.neurons import Neurons
+from tinyjax.methods.solvers.best_update import residual_cross, unprojected_cross
+from tinyjax.methods.solvers.live import live_inputs, live_outputs
+from tinyjax.methods.solvers.traits import require_count, traits
+from tinyjax.statistics.averages import Moments, moments
+from tinyjax.statistics.record import Statistics
 
 
 @traits(function_preserving=True, stochastic=False)
@@ -30,7 +33,7 @@ def gradmax(statistics: Statistics, *, num_neurons: int, scale: float = 1.0, key
         ValueError: `num_neurons` is not a positive int, or the statistics have no `link`.
 
     Example:
-        >>> neurons = tinyjax.gradmax(statistics, num_neurons=2, scale=1e-3)
+        >>> neurons = tinyjax.methods.gradmax(statistics, num_neurons=2, scale=1e-3)
         >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
         ((5, 2), (2, 12))
 
@@ -61,3 +64,34 @@ def redundancy(moments: Moments, omega: Array, delta: Array) -> Array:
     feasible = asked - matmul(residual_cross(moments, delta), omega.T)
     squares = jnp.sum(asked**2, axis=0)
     return jnp.sum(asked * feasible, axis=0) / jnp.where(squares == 0, 1, squares)
+
+
+@traits(function_preserving=True, stochastic=False)
+def gradmax_dual(statistics: Statistics, *, num_neurons: int, scale: float = 1.0, key: Array | None = None) -> Neurons:
+    """The orthogonal fan-ins of norm `scale` that maximise the gradient with respect to the fan-outs.
+
+    alpha_k = scale x the k-th left singular vector of N~ = E[b_prev v'], omega = 0: `gradmax` without its dead zone at
+    fan-in zero, and exact for a linear activation. The directions depend on the units of the inputs.
+
+    Args:
+        statistics: sums at the current parameters, with `link` (else only the projected N is known).
+        num_neurons: k, static; neurons beyond the rank are zero.
+        scale: norm of each fan-in.
+        key: not used, here for the signature of a method.
+
+    Returns:
+        Neurons with `omega` zero and the singular values of N~.
+
+    Raises:
+        ValueError: `num_neurons` is not a positive int, or the statistics have no `link`.
+
+    Example:
+        >>> neurons = tinyjax.methods.gradmax_dual(statistics, num_neurons=2)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
+    """
+    mean = moments(statistics)
+    cross = unprojected_cross(mean)
+    u, values, _ = top_singular(cross, require_count(num_neurons))
+    alpha = jnp.where(live_inputs(mean)[:, None], scale * u, 0)
+    return Neurons(alpha, jnp.zeros((num_neurons, cross.shape[1]), cross.dtype), values)

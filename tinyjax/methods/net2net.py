@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.methods.base import Neurons, require_count, require_key, require_no_stream, traits
-from tinyjax.methods.ridge import held_out_update
-from tinyjax.statistics import Statistics
+from tinyjax.core.neurons import Neurons
+from tinyjax.methods.solvers.ridge import held_out_update
+from tinyjax.methods.solvers.traits import require_count, require_key, require_no_stream, traits
+from tinyjax.statistics.record import Statistics
 
 
 @traits(function_preserving=True, stochastic=True, residual=held_out_update)
@@ -29,7 +30,7 @@ def net2net(statistics: Statistics, *, num_neurons: int, key: Array | None = Non
         ValueError: `key` is None, or `num_neurons` is not a positive int.
 
     Example:
-        >>> neurons = tinyjax.net2net(statistics, num_neurons=2, key=key)
+        >>> neurons = tinyjax.methods.net2net(statistics, num_neurons=2, key=key)
         >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
         ((5, 2), (2, 12))
 

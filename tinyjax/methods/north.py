@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import factor, matmul, top_singular
-from tinyjax.methods.base import Neurons, require_count, require_key, traits
-from tinyjax.methods.ridge import held_out_update
-from tinyjax.methods.tiny0 import HE_NORM
-from tinyjax.statistics import Statistics, moments
+from tinyjax.core.linalg import factor, matmul, top_singular
+from tinyjax.core.neurons import HE_NORM, Neurons
+from tinyjax.methods.solvers.live import live_inputs
+from tinyjax.methods.solvers.ridge import held_out_update
+from tinyjax.methods.solvers.traits import require_count, require_key, traits
+from tinyjax.statistics.averages import moments
+from tinyjax.statistics.record import Statistics
 
 
 @traits(function_preserving=True, stochastic=True, residual=held_out_update)
@@ -35,7 +37,7 @@ def north(statistics: Statistics, *, num_neurons: int, ridge: float | Array = 0.
         ValueError: `key` is None, `num_neurons` is not a positive int, or `ridge` is negative.
 
     Example:
-        >>> neurons = tinyjax.north(statistics, num_neurons=2, key=key)
+        >>> neurons = tinyjax.methods.north(statistics, num_neurons=2, key=key)
         >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
         ((5, 2), (2, 12))
 
@@ -79,3 +81,38 @@ def admissible(alpha: Array, dimension: Array, *, outputs: int) -> Neurons:
     kept = jnp.arange(alpha.shape[1]) < dimension
     omega = jnp.zeros((alpha.shape[1], outputs), alpha.dtype)
     return Neurons(jnp.where(kept, alpha, 0), omega, kept.astype(alpha.dtype))
+
+
+@traits(function_preserving=True, stochastic=True, residual=held_out_update)
+def north_weight(statistics: Statistics, *, num_neurons: int, key: Array | None = None) -> Neurons:
+    """Random fan-ins orthogonal to those of the existing neurons, with their mean norm; bias and fan-out zero.
+
+    Args:
+        statistics: sums at the current parameters, with `weight_prev`; of the sums only the live inputs matter.
+        num_neurons: k, static.
+        key: a new key for every growth.
+
+    Returns:
+        Neurons with `omega` zero and singular values 1; neurons beyond the admissible dimension (live inputs minus rank
+        of the weights) are zero and have singular value 0. Without any existing neuron the norm is He's, sqrt(2).
+
+    Raises:
+        ValueError: `key` is None, or `num_neurons` is not a positive int.
+
+    Example:
+        >>> neurons = tinyjax.methods.north_weight(statistics, num_neurons=2, key=key)
+        >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
+        ((5, 2), (2, 12))
+
+    Reference: Maile et al., When, where, and how to add new neurons to ANNs, 2022.
+    """
+    key, num_neurons = require_key(key, "north_weight"), require_count(num_neurons)
+    mean = moments(statistics)
+    live = live_inputs(mean)
+    if statistics.bias_prev:
+        live = live.at[-1].set(False)
+    weights = jnp.where(live[:, None], statistics.weight_prev, 0)
+    basis, rank = span(weights)
+    draw = jnp.where(live[:, None], jax.random.normal(key, (len(live), num_neurons), weights.dtype), 0)
+    alpha = jnp.where(live[:, None], draw - matmul(basis, matmul(basis.T, draw)), 0)
+    return admissible(with_mean_norm(alpha, weights), jnp.sum(live) - rank, outputs=mean.cross_prev.shape[1])

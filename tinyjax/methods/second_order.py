@@ -11,14 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import Factor, factor, matmul, relative_cutoff
-from tinyjax.methods.base import Neurons, input_root, only_live, require_count, traits
-from tinyjax.methods.ridge import both_ways, climb, held_out_update
-from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
-from tinyjax.statistics import Moments, Statistics, moments
+from tinyjax.core.linalg import Factor, factor, matmul, relative_cutoff
+from tinyjax.core.neurons import Neurons
+from tinyjax.methods.solvers.best_update import Ridge, best_update, residual_cross, resolve
+from tinyjax.methods.solvers.live import input_root, only_live
+from tinyjax.methods.solvers.ridge import both_ways, climb, held_out_update
+from tinyjax.methods.solvers.traits import require_count, traits
+from tinyjax.statistics.averages import Moments, moments
+from tinyjax.statistics.record import Statistics
 
 NUM_OUTPUTS = 4
 """How many outputs third moments are taken for: the cost of a pass grows with it."""
+
 _COMPRESSED = 64  # dimensions of the inputs' side in which rank-one parts are looked for; exact up to there
 _ROUNDS = 50
 
@@ -59,8 +63,8 @@ class _Fold(NamedTuple):
 def held_out_third(statistics: Statistics) -> Array:
     """The ridge of `second_order` whose first neuron finds most on the half of the samples it was not fitted on.
 
-    Climbs as `held_out`; half of that is the ridge of all samples, and with an empty half it is 1. Beyond 64 inputs,
-    among neurons that read the 64 directions in which third moments are largest at a ridge of 1.
+    Climbs as `held_out_ridge`; half of that is the ridge of all samples, and with an empty half it is 1. Beyond 64
+    inputs, among neurons that read the 64 directions in which third moments are largest at a ridge of 1.
     """
 
     def fold(fitted: Moments, other: Moments) -> _Fold:
@@ -126,7 +130,7 @@ def second_order(
 
     Example:
         >>> grow_step = tinyjax.make_grow_step(
-        ...     loss_fn, site, num_neurons=2, method=tinyjax.completed(tinyjax.tiny, tinyjax.second_order)
+        ...     loss_fn, site, num_neurons=2, method=methods.completed(methods.tiny, methods.second_order)
         ... )
 
     Reference: Verbockhaven et al., TMLR 2024, section 4: neurons of order two where TINY finds none.

@@ -3,12 +3,15 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.methods.base import Neurons, input_root, only_live, require_count, traits
-from tinyjax.methods.best import best
-from tinyjax.methods.readers import alternate
-from tinyjax.methods.ridge import held_out, held_out_update
-from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
-from tinyjax.statistics import Statistics, moments
+from tinyjax.core.neurons import Neurons
+from tinyjax.methods.solvers.best_update import Ridge, best_update, residual_cross, resolve
+from tinyjax.methods.solvers.live import input_root, only_live
+from tinyjax.methods.solvers.low_rank import best
+from tinyjax.methods.solvers.residual_stream import alternate_readers
+from tinyjax.methods.solvers.ridge import held_out_ridge, held_out_update, ridge_of_update
+from tinyjax.methods.solvers.traits import require_count, traits
+from tinyjax.statistics.averages import moments
+from tinyjax.statistics.record import Statistics
 
 
 @traits(function_preserving=False, stochastic=False, residual=held_out_update)
@@ -16,7 +19,7 @@ def tiny(
     statistics: Statistics,
     *,
     num_neurons: int,
-    ridge: Ridge = held_out,
+    ridge: Ridge = held_out_ridge,
     update_ridge: Ridge | None = None,
     key: Array | None = None,
 ) -> Neurons:
@@ -46,7 +49,7 @@ def tiny(
         ValueError: `num_neurons` is not a positive int, or `ridge` is negative.
 
     Example:
-        >>> neurons = tinyjax.tiny(statistics, num_neurons=2)
+        >>> neurons = tinyjax.methods.tiny(statistics, num_neurons=2)
         >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
         ((5, 2), (2, 12))
 
@@ -57,14 +60,7 @@ def tiny(
     floor = jnp.sqrt(mean.energy)
     if mean.grams is not None and mean.reads is not None:
         price, count = resolve(ridge, statistics), require_count(num_neurons)
-        found = alternate(mean.grams, mean.reads, cross, num_neurons=count, ridge=price, floor=floor)
+        found = alternate_readers(mean.grams, mean.reads, cross, num_neurons=count, ridge=price, floor=floor)
         return only_live(mean, Neurons(*found))
     root = input_root(mean, resolve(ridge, statistics))
     return only_live(mean, best(root, cross, num_neurons=num_neurons, floor=floor))
-
-
-def ridge_of_update(ridge: Ridge, update_ridge: Ridge | None) -> Ridge:
-    """The ridge of the best update behind a method: its own if given, else that of the neurons if it is a number."""
-    if update_ridge is not None:
-        return update_ridge
-    return held_out_update if callable(ridge) else ridge

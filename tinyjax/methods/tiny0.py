@@ -1,17 +1,14 @@
 """TINY's directions as a birth that keeps the function: fan-in from proposition 3.2, fan-out zero."""
 
-import math
-
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.methods.base import Neurons, traits
-from tinyjax.methods.ridge import held_out, held_out_update
+from tinyjax.core.neurons import HE_NORM, Neurons
+from tinyjax.methods.solvers.best_update import Ridge
+from tinyjax.methods.solvers.ridge import held_out_ridge, held_out_update
+from tinyjax.methods.solvers.traits import traits
 from tinyjax.methods.tiny import tiny
-from tinyjax.methods.update import Ridge
-from tinyjax.statistics import Statistics
-
-HE_NORM = math.sqrt(2.0)  # norm of a fan-in vector of variance 2 / fan_in
+from tinyjax.statistics.record import Statistics
 
 
 @traits(function_preserving=True, stochastic=False, residual=held_out_update)
@@ -19,7 +16,7 @@ def tiny0(
     statistics: Statistics,
     *,
     num_neurons: int,
-    ridge: Ridge = held_out,
+    ridge: Ridge = held_out_ridge,
     update_ridge: Ridge | None = None,
     key: Array | None = None,
 ) -> Neurons:
@@ -42,7 +39,7 @@ def tiny0(
         ValueError: as `tiny`.
 
     Example:
-        >>> neurons = tinyjax.tiny0(statistics, num_neurons=2)
+        >>> neurons = tinyjax.methods.tiny0(statistics, num_neurons=2)
         >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
         ((5, 2), (2, 12))
     """

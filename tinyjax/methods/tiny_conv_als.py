@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import factor, inner, matmul, solve
-from tinyjax.methods.base import Neurons, only_live, traits
-from tinyjax.methods.best import best
-from tinyjax.methods.gains import update_gain
-from tinyjax.methods.update import Ridge, best_update, residual_cross
-from tinyjax.statistics import Moments, Statistics, moments
+from tinyjax.core.linalg import factor, inner, matmul, solve
+from tinyjax.core.neurons import Neurons
+from tinyjax.methods.solvers.best_update import Ridge, best_update, residual_cross
+from tinyjax.methods.solvers.gains import update_gain
+from tinyjax.methods.solvers.live import only_live
+from tinyjax.methods.solvers.low_rank import best
+from tinyjax.methods.solvers.traits import traits
+from tinyjax.statistics.averages import Moments, moments
+from tinyjax.statistics.record import Statistics
 
 
 class ConvProblem(NamedTuple):
@@ -81,13 +84,13 @@ def tiny_conv_als(
 
     Example:
         >>> estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=site, offset_gram=True))
-        >>> neurons = tinyjax.tiny_conv_als(estimate(params, batch), num_neurons=2, num_steps=3)
+        >>> neurons = tinyjax.methods.tiny_conv_als(estimate(params, batch), num_neurons=2, num_steps=3)
 
     Reference: objective of Verbockhaven et al., TMLR 2024, eq. 56.
     """
     mean = moments(statistics)
     problem = conv_problem(mean, best_update(statistics, ridge=update_ridge))
-    return only_live(mean, alternate(problem, num_neurons=num_neurons, num_steps=num_steps))
+    return only_live(mean, alternate_kernels(problem, num_neurons=num_neurons, num_steps=num_steps))
 
 
 def conv_problem(moments: Moments, delta: Array) -> ConvProblem:
@@ -107,7 +110,7 @@ def conv_problem(moments: Moments, delta: Array) -> ConvProblem:
     return ConvProblem(moments.offset_gram, cross, moments.energy - update_gain(moments, delta))
 
 
-def alternate(problem: ConvProblem, *, num_neurons: int, num_steps: int = 30) -> Neurons:
+def alternate_kernels(problem: ConvProblem, *, num_neurons: int, num_steps: int = 30) -> Neurons:
     """The channels of `tiny_conv_als`, from the problem itself."""
     start = approximation(problem, num_neurons)
 
@@ -164,7 +167,7 @@ def conv_gains(
 
     Example:
         >>> estimate = jax.jit(partial(tinyjax.estimate, loss_fn, sites=site, offset_gram=True))
-        >>> gains_of = jax.jit(partial(tinyjax.conv_gains, num_neurons=2, num_steps=3))
+        >>> gains_of = jax.jit(partial(tinyjax.methods.conv_gains, num_neurons=2, num_steps=3))
         >>> gains = gains_of(estimate(params, batch))
         >>> bool(gains.als <= gains.bound * 1.01)
         True
@@ -179,7 +182,7 @@ def gains_of(problem: ConvProblem, *, num_neurons: int, num_steps: int = 30) -> 
     return ConvGains(
         predicted=jnp.sum(start.singular_values**2),
         approximation=best_conv_gain(problem, start),
-        als=conv_gain(problem, alternate(problem, num_neurons=num_neurons, num_steps=num_steps)),
+        als=conv_gain(problem, alternate_kernels(problem, num_neurons=num_neurons, num_steps=num_steps)),
         bound=conv_bound(problem),
     )
 

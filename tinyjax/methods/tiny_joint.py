@@ -8,12 +8,15 @@ S_perp = S - P G^+ P', with the same N.
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.linalg import Factor, factor, matmul, relative_cutoff, solve
-from tinyjax.methods.base import Neurons, input_root, only_live, traits
-from tinyjax.methods.best import best
-from tinyjax.methods.ridge import Fold, choose, held_out_update
-from tinyjax.methods.update import Ridge, residual_cross, resolve
-from tinyjax.statistics import Moments, Statistics, moments
+from tinyjax.core.linalg import Factor, factor, matmul, relative_cutoff, solve
+from tinyjax.core.neurons import Neurons
+from tinyjax.methods.solvers.best_update import Ridge, residual_cross, resolve
+from tinyjax.methods.solvers.live import input_root, only_live
+from tinyjax.methods.solvers.low_rank import best
+from tinyjax.methods.solvers.ridge import Fold, choose, held_out_update
+from tinyjax.methods.solvers.traits import traits
+from tinyjax.statistics.averages import Moments, moments
+from tinyjax.statistics.record import Statistics
 
 
 @traits(function_preserving=False, stochastic=False)
@@ -44,7 +47,7 @@ def tiny_joint(
         ValueError: `num_neurons` is not a positive int, a ridge is negative, or the consumer is a convolution.
 
     Example:
-        >>> neurons = tinyjax.tiny_joint(statistics, num_neurons=2)
+        >>> neurons = tinyjax.methods.tiny_joint(statistics, num_neurons=2)
         >>> neurons.delta.shape  # of the weights and biases that are there
         (13, 12)
 

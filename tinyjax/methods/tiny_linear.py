@@ -7,12 +7,14 @@ neurons is outside of both: of S^(-1/2) N~, the part beyond the span of S^(1/2) 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.methods.base import Neurons, input_root, only_live, require_no_stream, traits
-from tinyjax.methods.best import best, beyond
-from tinyjax.methods.ridge import held_out, held_out_update
-from tinyjax.methods.tiny import ridge_of_update
-from tinyjax.methods.update import Ridge, best_update, residual_cross, resolve
-from tinyjax.statistics import Statistics, moments
+from tinyjax.core.neurons import Neurons
+from tinyjax.methods.solvers.best_update import Ridge, best_update, residual_cross, resolve
+from tinyjax.methods.solvers.live import input_root, only_live
+from tinyjax.methods.solvers.low_rank import best, beyond
+from tinyjax.methods.solvers.ridge import held_out_ridge, held_out_update, ridge_of_update
+from tinyjax.methods.solvers.traits import require_no_stream, traits
+from tinyjax.statistics.averages import moments
+from tinyjax.statistics.record import Statistics
 
 
 @traits(function_preserving=False, stochastic=False, residual=held_out_update)
@@ -20,7 +22,7 @@ def tiny_linear(
     statistics: Statistics,
     *,
     num_neurons: int,
-    ridge: Ridge = held_out,
+    ridge: Ridge = held_out_ridge,
     update_ridge: Ridge | None = None,
     key: Array | None = None,
 ) -> Neurons:

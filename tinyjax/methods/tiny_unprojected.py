@@ -3,11 +3,14 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.methods.base import Neurons, input_root, only_live, traits
-from tinyjax.methods.best import best
-from tinyjax.methods.ridge import choose_for_inputs
-from tinyjax.methods.update import Ridge, resolve, unprojected_cross
-from tinyjax.statistics import Statistics, moments
+from tinyjax.core.neurons import Neurons
+from tinyjax.methods.solvers.best_update import Ridge, resolve, unprojected_cross
+from tinyjax.methods.solvers.live import input_root, only_live
+from tinyjax.methods.solvers.low_rank import best
+from tinyjax.methods.solvers.ridge import choose_for_inputs
+from tinyjax.methods.solvers.traits import traits
+from tinyjax.statistics.averages import moments
+from tinyjax.statistics.record import Statistics
 
 
 def held_out_unprojected(statistics: Statistics) -> Array:
@@ -33,7 +36,7 @@ def tiny_unprojected(
         ValueError: `num_neurons` is not a positive int, `ridge` is negative, or the statistics have no `link`.
 
     Example:
-        >>> neurons = tinyjax.tiny_unprojected(statistics, num_neurons=2)
+        >>> neurons = tinyjax.methods.tiny_unprojected(statistics, num_neurons=2)
         >>> neurons.alpha.shape, neurons.omega.shape  # inputs and bias; outputs
         ((5, 2), (2, 12))
     """

@@ -16,7 +16,7 @@ def spectrum(singular_values: Any, *, edge: float | None = None, title: str = "S
     """Singular values of S^(-1/2) N in descending order; those above the edge of the noise stand out.
 
     Example:
-        >>> gains = tinyjax.bottleneck(statistics).gains
+        >>> gains = tinyjax.methods.bottleneck(statistics).gains
         >>> plot.spectrum(gains**0.5, edge=0.01).savefig("spectrum.png")
 
     Args:

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from tinyjax.folding import UNKNOWN, Known, agree, fold
-from tinyjax.layout import Params, named_leaves, path_name
-from tinyjax.site import Site, Sites
-from tinyjax.slots import have_bias, readers, rows
-from tinyjax.surgery.trained import Trainable, trained_names
+from tinyjax.core.folding import UNKNOWN, Known, agree, fold
+from tinyjax.core.kernels import have_bias, readers, rows
+from tinyjax.core.params import Params, named_leaves, path_name
+from tinyjax.core.site import Site, Sites
+from tinyjax.surgery.trainable import Trainable, trained_names
 
 Frozen = Mapping[str, str]
 """By path of a leaf, why training never moves it."""

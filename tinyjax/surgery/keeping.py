@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyjax.layout import Params
-from tinyjax.site import Site, Sites
-from tinyjax.slots import require_concrete
+from tinyjax.core.arguments import require_concrete
+from tinyjax.core.params import Params
+from tinyjax.core.site import Site, Sites
 
 LossFn = Callable[..., Any]
 Check = tuple[LossFn, Any] | tuple[LossFn, Any, Callable[[dict[str, int]], LossFn] | None]

@@ -1,0 +1,1 @@
+"""The loss as a flat list of operations, and who makes and who reads each value."""

@@ -1,0 +1,1 @@
+"""One file a kind of dimension: whether it is one, and its paths."""

@@ -1,0 +1,194 @@
+"""A whole attention head as a slot: which products make its queries, keys and values, and how scores become weights.
+
+Three products write the dimension that counts heads (queries, keys, values) and one reads it. Given its pattern of
+attention a new head is a neuron with several value dimensions, whose fan-in reads what the pattern collects. Patterns
+of new heads are computed by the model's own operations between scores and weights, so that scales, masks and dropout
+are what they are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tinyjax.discovery.dimensions.dimensions import Dimensions, kernel_atoms
+from tinyjax.discovery.dimensions.primitives import BETWEEN_ACTIVATIONS, ELEMENTWISE, REDUCTIONS, contraction
+from tinyjax.discovery.dimensions.products import Product, aligned
+from tinyjax.discovery.dimensions.unification import Atom, root, roots
+from tinyjax.discovery.graph.def_use import is_view
+from tinyjax.discovery.graph.graph import Address, Op, Value
+from tinyjax.discovery.kinds.attention_scores import _scores
+from tinyjax.discovery.kinds.hidden_layer import find_layer, static_reason
+from tinyjax.discovery.kinds.query_key import find_query_key
+from tinyjax.discovery.paths.path import Attention, Head, Path, Replay, Verdict
+from tinyjax.discovery.paths.refusals import CannotGrow
+from tinyjax.discovery.paths.slot_paths import heads_as_layers, heads_first, same_along
+
+_BENDS = frozenset("exp exp2 logistic".split())
+
+
+def find_scores(model: Dimensions, dimension: Atom) -> tuple[Op, Atom]:
+    """The product of queries and keys of all heads, and the dimension it contracts.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    found = _scores(model, dimension)
+    if len(found) != 1:
+        raise CannotGrow(f"{len(found)} products of activations look like their scores")
+    return found[0]
+
+
+def value_product(model: Dimensions, dimension: Atom, pair_ops: Sequence[Op]) -> tuple[Product, Atom]:
+    """The product that makes the values of all heads, and the dimension of a head's values.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    values = [use for use in model.producing[dimension] if use.op not in pair_ops]
+    if len(values) != 1:
+        raise CannotGrow(f"{len(values)} products make its values")
+    (use,) = values
+    inner = [root(a) for a in kernel_atoms(model.axes, use)[0] if root(a) is not dimension]
+    if len(inner) != 1:
+        raise CannotGrow(f"`{use.leaf}` does not make one dimension of values a head")
+    return use, inner[0]
+
+
+def find_replay(model: Dimensions, scores: Op, attention: Attention | None, dimension: Atom) -> Replay:
+    """What the model does between scores and weights, head by head.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    if attention is None:
+        raise CannotGrow("the weights of its attention are not found")
+    walk, behind = model.wiring.walk(scores.outs), list[Op]()
+    while (reader := next(walk)).path != attention.address:
+        behind.append(reader)
+        walk.reach(reader.outs)
+    weights, reached = reader.ins[attention.operand], walk.reached
+    ops, needed = [], {weights}
+    for op in reversed(behind):
+        if any(v in needed for v in op.outs):
+            ops.append(op)
+            needed.update(v for v in op.ins if v in reached)
+    if not any(op.name in _BENDS for op in ops):
+        raise CannotGrow("its scores are its weights (no softmax): a new head would attend to nothing")
+    taps: dict[Address, int] = {}
+    scalars: dict[Value, Any] = {}
+    for op in ops[::-1]:
+        _require_apart(model, op, scores, dimension)
+        for i, value in enumerate(op.ins):
+            if value in reached:
+                continue
+            number = model.wiring.scalar(value)
+            if number is not None:
+                scalars[value] = number
+            elif op.path in taps or op.inside:
+                raise CannotGrow(f"its scores become weights through `{op.name}`, which cannot be followed")
+            else:
+                _require_same(model, value, dimension, op)
+                taps[op.path] = i
+    return Replay(tuple(ops[::-1]), taps, scalars, scores.outs[0], weights)
+
+
+def require_same_heads(model: Dimensions, head: Head, dimension: Atom) -> None:
+    """Raises unless whatever meets queries, keys and values on their way is the same for every head."""
+    for path in (head.pair.queries, head.pair.keys, head.values):
+        for op in path.ops:
+            if op.path in path.taps and op.path != head.attention.address:
+                _require_same(model, op.ins[path.taps[op.path]], dimension, op)
+
+
+def _require_same(model: Dimensions, value: Value, dimension: Atom, op: Op) -> None:
+    if not same_along(model.axes, model.wiring, value, dimension):
+        raise CannotGrow(f"what `{op.name}` adds or multiplies differs between heads")
+
+
+def _require_apart(model: Dimensions, op: Op, scores: Op, dimension: Atom) -> None:
+    """Raises unless an operation treats the scores of every head on their own."""
+    followed = op.name in ELEMENTWISE | REDUCTIONS | {"broadcast_in_dim"} or is_view(op)
+    if op.eqn is None or op.scans != scores.scans or not followed:
+        raise CannotGrow(f"its scores become weights through `{op.name}`, which cannot be followed")
+    for axis in op.params["axes"] if op.name in REDUCTIONS else ():
+        if any(a is dimension for a in roots(model.axes[op.ins[0]][axis])):
+            raise CannotGrow(f"its heads are mixed by `{op.name}`")
+
+
+def find_whole_heads(model: Dimensions, dimension: Atom) -> Verdict:
+    """The path of whole attention heads, or why none can be added."""
+    other = next((why for why in dimension.marks if why != BETWEEN_ACTIVATIONS), "")
+    if other:
+        return Verdict(f"it counts attention heads, and {other}")
+    try:
+        op, inner = find_scores(model, dimension)
+        scored = find_query_key(model, op, model.producing[inner], inner)
+        if scored.reason:
+            raise CannotGrow(f"of its queries and keys: {scored.reason}")
+        pair_uses = _pair_uses(scored.paths[0])
+        query, key = (next(u for u in model.producing[dimension] if u.op is x.op) for x in pair_uses)
+        value, inner = value_product(model, dimension, (query.op, key.op))
+        producers, consumers = model.producing[inner], model.consuming.get(inner, [])
+        reason = static_reason(model, inner, producers, consumers)
+        read = Verdict(reason) if reason else find_layer(model, inner, producers, consumers)
+        if read.reason or len(read.paths) != 1 or read.paths[0].tangent is None:
+            raise CannotGrow(f"of its values: {read.reason or 'more than one product makes them'}")
+        path = _head_path(model, dimension, inner, op, scored.paths[0], read.paths[0], (query, key, value))
+    except CannotGrow as unaligned:
+        return Verdict(f"it counts attention heads; {unaligned}")
+    known, met = {use.leaf for use in (query, key, value, *path.consumers)}, {**scored.roles, **read.roles}
+    for leaf, _ in model.leaves[dimension]:
+        if model.names[leaf] not in known and met.get(leaf) != "shift":
+            return Verdict(f"it counts attention heads, and `{model.names[leaf]}` has an entry for each")
+    return Verdict("", (path,), [path.producer], path.consumers, met)
+
+
+def _pair_uses(path: Path) -> tuple[Product, Product]:
+    assert path.pair is not None
+    return path.producer, path.pair.projected
+
+
+def _head_path(
+    model: Dimensions,
+    dimension: Atom,
+    inner: Atom,
+    op: Op,
+    scored: Path,
+    read: Path,
+    uses: tuple[Product, Product, Product],
+) -> Path:
+    """The path of whole heads from those of their query-key and value dimensions.
+
+    Raises:
+        Unaligned: with the reason.
+    """
+    pair, tangent = scored.pair, read.tangent
+    query, key, value = uses
+    assert pair is not None and tangent is not None
+    samples, heads, shared, _, _ = pair.sizes
+    if shared != 1 or pair.repeated != 1 or heads != dimension.size or samples != model.axes.samples.size:
+        raise CannotGrow("several queries share a head of keys")
+    replay = find_replay(model, op, pair.attention, dimension)
+    assert pair.attention is not None
+    if tangent.taps.get(pair.attention.address) != pair.attention.operand:
+        raise CannotGrow("its weights are not what mixes its values")
+    layers = [heads_as_layers(use, dimension) for use in uses]
+    consumers = tuple(heads_first(use, [inner], dimension, value.leaf) for use in read.consumers)
+    if any(len(use.kernel.rows) - use.kernel.rows.index(_slots(use, dimension)) != 1 for use in consumers):
+        raise CannotGrow(f"`{consumers[0].leaf}` does not read it head by head")
+    layout = scored.consumers[0].outputs
+    head = Head(layers[0], layers[1], pair, layout, replay, pair.attention, tangent)
+    require_same_heads(model, head, dimension)
+    side = scored.consumers[0].operand  # of the keys
+    tokens = [[a for d in contraction(op).free[k] for a in roots(model.axes[op.ins[k]][d])] for k in (1 - side, side)]
+    if [root(a) for a in consumers[0].rows if a is not None] != [root(model.axes.samples), *tokens[0]]:
+        raise CannotGrow("its outputs have other rows than its queries")
+    if {root(a) for a in value.rows if a is not None} != {root(model.axes.samples), *tokens[1]}:
+        raise CannotGrow("its values come from other tokens than its keys")
+    return Path(aligned(layers[2], [model.axes.samples, *tokens[1]]), consumers, head=head)
+
+
+def _slots(use: Product, dimension: Atom) -> int:
+    """The factor of a consumer's kernel that counts the slots."""
+    columns = [f for f in use.inputs.cols if use.inputs.factors[f] > 1]
+    place = next(i for i, f in enumerate(columns) if (a := use.input_atoms[f]) is not None and root(a) is dimension)
+    return [f for f in use.kernel.rows if use.kernel.factors[f] > 1][place]

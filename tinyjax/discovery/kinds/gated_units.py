@@ -1,0 +1,115 @@
+"""Gated units: two products of the same shape that multiply, one of them through an activation (GLU, SwiGLU, GEGLU).
+
+A unit of such a layer is omega g(beta'x)(mu'x). Given its gate beta it is an ordinary neuron that reads g(beta'x) x.
+The operand nearest to a plain product is the one that new neurons are computed for, the other is their gate.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from jaxtyping import Array
+
+from tinyjax.discovery.dimensions.axes import Axes
+from tinyjax.discovery.dimensions.products import Product
+from tinyjax.discovery.dimensions.unification import Atom
+from tinyjax.discovery.graph.def_use import DefUse
+from tinyjax.discovery.graph.graph import Op, Value
+from tinyjax.discovery.paths.activations import activation_between
+from tinyjax.discovery.paths.dataflow import ROW_BY_ROW, Flow
+from tinyjax.discovery.paths.refusals import CannotGrow as NotElementwise
+from tinyjax.discovery.paths.refusals import CannotGrow as Ungated
+
+
+class Gate(NamedTuple):
+    """What multiplies the output of a product, slot by slot.
+
+    Attributes:
+        use: the gate's own product.
+        flow: of that product, up to the multiplication and beyond.
+        value: the operand of the multiplication.
+        activation: elementwise, from the gate's pre-activation (its bias added) to the factor.
+    """
+
+    use: Product
+    flow: Flow
+    value: Value
+    activation: Callable[[Array], Array]
+
+
+def pair_up(axes: Axes, wiring: DefUse, producers: Sequence[Product], dimension: Atom) -> list[tuple[Product, Gate]]:
+    """The products that new neurons are computed for, each with its gate.
+
+    Args:
+        axes: of its tensors.
+        wiring: of its values.
+        producers: the products that write the dimension, with two kernels between them.
+        dimension: the hidden dimension.
+
+    Raises:
+        Ungated: with the reason.
+    """
+    flows = [Flow(axes, wiring, use, dimension) for use in producers]
+    follows: dict[Value, list[int]] = {}
+    for i, flow in enumerate(flows):
+        for value in flow.mixing:
+            follows.setdefault(value, []).append(i)
+    pairs, left = [], dict.fromkeys(range(len(producers)))
+    while left:
+        first = next(iter(left))
+        del left[first]
+        near = {i for op in flows[first].ops for v in op.ins for i in follows.get(v, ())}
+        meetings = {second: _meeting(flows[first], flows[second]) for second in sorted(near & left.keys())}
+        partners = [second for second, op in meetings.items() if op is not None]
+        if len(partners) != 1 or producers[first].leaf == producers[partners[0]].leaf:
+            raise Ungated("2 producers, which do not meet pair by pair")
+        (second,) = partners
+        del left[second]
+        pairs.append(_ordered(wiring, meetings[second], *((producers[i], flows[i]) for i in (first, second))))
+    if len({use.leaf for use, _ in pairs}) > 1:
+        raise Ungated("2 producers, each of which gates the other")
+    return pairs
+
+
+def _meeting(a: Flow, b: Flow) -> Op | None:
+    """The first operation in which two products meet."""
+    for op in a.ops:
+        if any(v in a.mixing and v not in b.mixing for v in op.ins) and any(
+            v in b.mixing and v not in a.mixing for v in op.ins
+        ):
+            return op
+    return None
+
+
+def _ordered(
+    wiring: DefUse, op: Op | None, one: tuple[Product, Flow], other: tuple[Product, Flow]
+) -> tuple[Product, Gate]:
+    """Which of two products is the gate of the other."""
+    assert op is not None
+    if op.name != "mul":
+        raise Ungated(f"2 producers, which meet in `{op.name}`")
+    sides = []
+    for use, flow in (one, other):
+        (value,) = (v for v in op.ins if v in flow.mixing)
+        if flow.mixing[value] != ROW_BY_ROW:
+            raise Ungated(f"2 producers of a gated unit; of `{use.leaf}`: {flow.mixing[value]}")
+        if flow.pools[value] or flow.weights[value] or flow.modulated or flow.counted:
+            raise Ungated(f"2 producers of a gated unit, and more than an activation behind `{use.leaf}`")
+        silent = (empty := flow.empty.get(value)) is not None and float(empty) == 0
+        sides.append(((not silent, flow.degree.get(value) != 1), use, flow, value))
+    if all(side[0][0] for side in sides):
+        raise Ungated("an empty neuron is not silent: neither factor of the gated unit is 0 at 0")
+    (_, up, _, _), (_, gate, flow, value) = sides if sides[0][0] <= sides[1][0] else sides[::-1]
+    _require_single_meeting(op, one[1], other[1])
+    try:
+        activation = activation_between(wiring, gate, value)
+    except NotElementwise as reason:
+        raise Ungated(f"2 producers of a gated unit, whose gate {reason}") from None
+    return up, Gate(gate, flow, value, activation)
+
+
+def _require_single_meeting(meeting: Op, a: Flow, b: Flow) -> None:
+    """The two flows must become one through the multiplication alone."""
+    for op in a.ops:  # an operation that makes a value of both reads one of `a`
+        one_sided = any((v in a.mixing) != (v in b.mixing) for v in op.ins)
+        if one_sided and op is not meeting and any(v in a.mixing and v in b.mixing for v in op.outs):
+            raise Ungated(f"2 producers, which meet again in `{op.name}`")

@@ -1,0 +1,12 @@
+"""Second moments of activations and gradients: the record that every method reads.
+
+Enters: arrays of what was recorded at a site, rows or images. Leaves: `Statistics`, sums over the samples, even and odd
+ones apart; `moments` divides by the count. Nothing here knows a network. Read first: `record.py`, then `dense.py`,
+where S and N of proposition 3.2 are summed.
+"""
+
+from tinyjax.statistics.averages import Moments as Moments
+from tinyjax.statistics.averages import moments as moments
+from tinyjax.statistics.merging import merge as merge
+from tinyjax.statistics.merging import merge_over as merge_over
+from tinyjax.statistics.record import Statistics as Statistics
