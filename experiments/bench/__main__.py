@@ -1,6 +1,6 @@
 """All benchmarks, each against its target.
 
-    python -m experiments.bench --gromo .venv-gromo/bin/python     # 20 minutes on 2 CPU cores
+    python -m experiments.bench --gromo .venv-gromo/bin/python     # ten minutes on 2 free CPU cores
     python -m experiments.bench --only sites growth                # some of them
     python -m experiments.bench --device gpu                       # the same table on the first GPU
 
