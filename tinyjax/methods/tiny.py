@@ -32,7 +32,8 @@ def tiny(
 
     The k-th neuron lowers psi by lambda_k^2 when `ridge` is 0. The first-order descent is guaranteed for the neurons
     together with the best update at the same amplitude, not for the neurons alone. Every reader of a residual stream
-    has an S of its own: its neurons are found by alternating least squares, one after the other (`solvers/residual_stream.py`).
+    has an S of its own: its neurons are found by alternating least squares, one after the other
+    (`solvers/residual_stream.py`).
 
     Args:
         statistics: sums at the current parameters.
