@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from tinyjax.core.site import Site, Sites
 from tinyjax.discovery.dimensions.axes import Axes
 from tinyjax.discovery.dimensions.homogeneity import compensation
-from tinyjax.discovery.dimensions.trace_differences import Difference, Folded, Structure, differences
+from tinyjax.discovery.dimensions.powers_of_widths import Trial, exponents
+from tinyjax.discovery.dimensions.trace_differences import Folded, Structure, differences
 from tinyjax.discovery.dimensions.unification import Atom, roots
 from tinyjax.discovery.graph.flattening import flatten
 from tinyjax.discovery.graph.graph import Graph
@@ -29,25 +30,6 @@ FAILURES = 8
 
 BLOCKS = 16
 """Groups of sites that are told apart where a value moves by no power of a capacity."""
-
-_POWERS = [Fraction(n, d) for n, d in ((1, 4), (1, 3), (1, 2), (1, 1), (3, 2), (2, 1), (3, 1))]
-
-
-_POWERS += [-p for p in _POWERS]
-
-
-class Trial(NamedTuple):
-    """The loss at other capacities.
-
-    Attributes:
-        logs: logarithm of new / old capacity, by site.
-        moved: the values that differ, by operation and operand.
-        torn: for sites whose tensors do not have the sizes that they should, one of them in words.
-    """
-
-    logs: dict[str, float]
-    moved: dict[tuple[int, int], Difference]
-    torn: dict[str, str]
 
 
 class _Failed(NamedTuple):
@@ -78,7 +60,7 @@ def with_numbers(
             fixed.setdefault(name, []).append(what)
         others = []
         for place in {**first.moved, **second.moved}:
-            follows = _exponents(first, second, place)
+            follows = exponents(first, second, place)
             if follows is None:
                 others.append(place)
             for name, power in (follows or {}).items():
@@ -183,7 +165,7 @@ class _Model:
                 found[name] = chosen[digit]
         return found
 
-    def trial(self, capacities: Mapping[str, int]) -> "Trial | _Failed":
+    def trial(self, capacities: Mapping[str, int]) -> Trial | _Failed:
         """The loss at other capacities of some sites."""
         try:
             traced = self._retrace(dict(capacities))
@@ -241,7 +223,7 @@ def _groups(model: _Model) -> tuple[list[tuple[list[str], Trial, Trial]], dict[s
     return done, failed
 
 
-def _divided(model: _Model, names: list[str], found: "Trial | _Failed") -> list[list[str]]:
+def _divided(model: _Model, names: list[str], found: Trial | _Failed) -> list[list[str]]:
     """A set of sites in parts where it cannot be judged as it is: by their kind, else in halves."""
     if isinstance(found, Trial) and not found.torn:
         return []
@@ -255,40 +237,6 @@ def _divided(model: _Model, names: list[str], found: "Trial | _Failed") -> list[
         whole = [name for name in names if name not in found.torn]
         return [whole, list(found.torn)] if whole else []
     return [names[: len(names) // 2], names[len(names) // 2 :]]
-
-
-def _exponents(first: Trial, second: Trial, place: tuple[int, int]) -> dict[str, Fraction] | None:
-    """Which capacities a value follows, and to which powers; None where it is no product of powers of one or two."""
-    ratios = [trial.moved[place].ratio if place in trial.moved else 1.0 for trial in (first, second)]
-    if ratios[0] is None or ratios[1] is None:
-        return None
-    want = math.log(ratios[0]), math.log(ratios[1])
-    rounding = max(trial.moved[place].rounding for trial in (first, second) if place in trial.moved)
-    coarse = rounding > 1e-4  # in bfloat16 only the usual powers can be told
-    powers = [p for p in _POWERS if not coarse or abs(p) in (Fraction(1, 2), 1)]
-    errors = {(name, p): _error(first, second, want, ((name, p),)) for name in first.logs for p in powers}
-    best = min(errors, key=errors.__getitem__)
-    if errors[best] < rounding:
-        return dict([best])
-    if coarse:
-        return None
-    # of two: what is left of the ratio after the first is looked up among the powers of the second
-    left = {}
-    for name, p in itertools.product(first.logs, _POWERS):
-        left.setdefault(round(float(p) * first.logs[name] * 1e4), []).append((name, p))
-    for name, p in itertools.product(first.logs, _POWERS):
-        rest = round((want[0] - float(p) * first.logs[name]) * 1e4)
-        for other in (o for near in (rest - 1, rest, rest + 1) for o in left.get(near, ())):
-            if other[0] != name and _error(first, second, want, ((name, p), other)) < rounding:
-                return {name: p, other[0]: other[1]}
-    return None
-
-
-def _error(first: Trial, second: Trial, want: tuple[float, float], powers: Sequence[tuple[str, Fraction]]) -> float:
-    """How far a value is from a product of powers, in logarithms."""
-    return max(
-        abs(sum(float(p) * trial.logs[name] for name, p in powers) - log) for trial, log in zip((first, second), want)
-    )
 
 
 def _followed(model: _Model, names: list[str], places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[str]]:
