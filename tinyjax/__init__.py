@@ -70,7 +70,7 @@ from tinyjax.training.schedules.basic import early, every
 from tinyjax.training.steps import train_epoch, train_step
 
 work = cost_model
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "__version__",
     "check",
