@@ -81,6 +81,14 @@ def test_every_link_leads_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("door", sorted(PACKAGE.glob("*/**/__init__.py")), ids=lambda path: path.parent.name)
+def test_a_door_says_what_enters_what_leaves_and_where_to_read_first(door):
+    sign = " ".join((ast.get_docstring(ast.parse(door.read_text())) or "").split())
+    assert all(word in sign for word in ("Enters: ", "Leaves: ", "Read first: "))
+    for file in re.findall(r"`([\w/]+\.py)`", sign):
+        assert (door.parent / file).exists(), file
+
+
 @pytest.mark.parametrize("page", NAMED)
 def test_every_file_and_every_name_in_it_exists(page):
     """`room/file.py:name` is meant inside `tinyjax`, unless it begins with another folder of the repository."""

@@ -1,6 +1,6 @@
 """From a loss, a batch and sites to their second moments.
 
 Enters: a loss function, parameters, a batch, `Sites`. Leaves: `Statistics` by site. One backpropagation records what
-the paths ask for (`recording.py`), `rows.py` brings it in one order, `summation.py` sums it, `chunks.py` passes over
-the batch in parts. Read first: `estimator.py`.
+the paths ask for (`recording.py`): b_prev, b, and V_goal = -n dloss/da. `rows.py` brings these in one order,
+`summation.py` sums them, `chunks.py` passes over the batch in parts. Read first: `estimator.py`.
 """

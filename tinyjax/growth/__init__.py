@@ -1,7 +1,9 @@
 """One growth: estimate, solve, search an amplitude, write, accept.
 
 Enters: a loss, parameters, a batch, how many neurons. Leaves: parameters and a `GrowthInfo`, inside one jitted
-function. `optimizer` brings the state of an Optax optimizer along. Read first: `grow_step.py`, then `site_growth.py`.
+function. At each site the best update of the weights there are (proposition 3.1), then neurons (proposition 3.2), each
+at an amplitude of its own and kept only if the loss does not rise. `optimizer` brings the state of an Optax optimizer
+along. Read first: `grow_step.py`, then `site_growth.py`.
 """
 
 from tinyjax.growth.grow_step import make_grow_step as make_grow_step

@@ -1,7 +1,8 @@
-"""Growth methods: from sums to neurons. They know nothing of networks.
+"""Growth methods: from second moments to neurons. They know nothing of networks.
 
-Enters: `Statistics`. Leaves: `Neurons`, or an update of the weights there are. One file a method; what several share
-lies in `solvers`. Read first: `tiny.py` (proposition 3.2), then `solvers/best_update.py` (proposition 3.1).
+Enters: `Statistics` (S, N~, G, M, P). Leaves: `Neurons` (alpha, omega), or an update of the weights there are. One file
+a method; what several share lies in `solvers`. Read first: `tiny.py` (proposition 3.2), then `solvers/best_update.py`
+(proposition 3.1).
 """
 
 from tinyjax.core.neurons import Neurons as Neurons

@@ -1,4 +1,7 @@
-"""Models in plain Flax Linen: nothing in them knows tinyjax, every hidden width is a constructor argument."""
+"""Models in plain Flax Linen: nothing in them knows tinyjax, every hidden width is a constructor argument.
+
+Enters: widths. Leaves: Flax modules. Read first: `mlp.py`; `norms.py` for what may stand along a grown axis.
+"""
 
 from tinyjax.models.dropout import UnitDropout as UnitDropout
 from tinyjax.models.dropout import unit_dropout as unit_dropout

@@ -1,5 +1,7 @@
 """Figures of a growing run; matplotlib comes with the `demo` extra.
 
+Enters: the records of a run, `Statistics`, widths. Leaves: figures. Read first: `run.py`.
+
 Every function takes plain records and returns a matplotlib `Figure` that belongs to no window: save it with
 `figure.savefig("growth.png")`, or show it in a notebook that began with `%matplotlib inline`.
 """

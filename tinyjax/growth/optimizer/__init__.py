@@ -1,4 +1,7 @@
-"""Optimizers that treat a newborn slot as a fresh optimizer would."""
+"""Optimizers that treat a newborn slot as a fresh optimizer would.
+
+Enters: an Optax optimizer, its state, which slots were born. Leaves: an optimizer, or a state. Read first: `birth.py`.
+"""
 
 from tinyjax.growth.optimizer.birth import BirthState as BirthState
 from tinyjax.growth.optimizer.birth import with_birth as with_birth

@@ -1,4 +1,7 @@
-"""When to grow and how much: schedules, what restrains them, what growth costs."""
+"""When to grow and how much: schedules, what restrains them, what growth costs.
+
+Enters: the step, the widths, the history of growths. Leaves: how many neurons at which site. Read first: `basic.py`.
+"""
 
 from tinyjax.training.schedules.basic import Schedule as Schedule
 from tinyjax.training.schedules.basic import early as early
