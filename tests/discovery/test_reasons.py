@@ -1,7 +1,6 @@
 """A reason is shown only where the pattern it names was found, and no reason of discovery goes untested."""
 
 import ast
-import collections
 import functools
 import re
 from pathlib import Path
@@ -12,12 +11,9 @@ from tests.support import refusals, told
 from tests.support.zoo import recurrent
 from tinyjax.discovery.sites import find_sites
 
-PACKAGE = Path(__file__).parents[2] / "tinyjax"
-SAYING = {"Unaligned", "Ungated", "Verdict", "mark", "_mark_all"}  # whose argument is a reason
-ELSEWHERE = {
-    "attention": 8, "bilinear": 8, "gating": 4, "geometry": 8, "hidden": 4, "kinds": 10, "recurrence": 7,
-    "rowweights": 2, "rules": 4, "scorelayout": 3, "states": 5, "stream": 16, "tangent": 3,
-}  # fmt: skip
+DISCOVERY = Path(__file__).parents[2] / "tinyjax" / "discovery"
+SAYING = {"CannotGrow", "Ungated", "NotElementwise", "Verdict", "mark", "_mark_all"}  # whose argument is a reason
+ELSEWHERE = 82  # different reasons that tests of their own rooms tell
 PATTERN = re.compile(r"\(((?:an?|tied) [a-z -]+)[,)]")
 
 
@@ -62,7 +58,7 @@ def strings(tree: ast.AST) -> list[str]:
 
 def discovery() -> dict[str, ast.Module]:
     """The modules that give reasons, parsed."""
-    trees = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    trees = {path.stem: ast.parse(path.read_text()) for path in DISCOVERY.rglob("*.py")}
     return {name: tree for name, tree in trees.items() if said_by(tree)}
 
 
@@ -104,11 +100,10 @@ def test_every_new_reason_comes_with_a_model():
     """How many reasons no model here is told; tests of their own rooms tell most of them."""
     everything = [reason for found in all_reasons().values() for reason in found if reason]
     silent = {
-        (name, pattern.pattern)
-        for name, tree in discovery().items()
+        pattern.pattern
+        for tree in discovery().values()
         for pattern in said_by(tree)
         if not any(pattern.search(reason) for reason in everything)
     }
-    print("\n".join(f"{name}: {pattern}" for name, pattern in sorted(silent)))
-    counts = collections.Counter(name for name, _ in silent)
-    assert all(count <= ELSEWHERE.get(name, 0) for name, count in counts.items()), counts
+    print("\n".join(sorted(silent)))
+    assert len(silent) <= ELSEWHERE

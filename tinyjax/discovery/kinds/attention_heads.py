@@ -29,7 +29,7 @@ def find_scores(model: Dimensions, dimension: Atom) -> tuple[Op, Atom]:
     """The product of queries and keys of all heads, and the dimension it contracts.
 
     Raises:
-        Unaligned: with the reason.
+        CannotGrow: with the reason.
     """
     found = _scores(model, dimension)
     if len(found) != 1:
@@ -41,7 +41,7 @@ def value_product(model: Dimensions, dimension: Atom, pair_ops: Sequence[Op]) ->
     """The product that makes the values of all heads, and the dimension of a head's values.
 
     Raises:
-        Unaligned: with the reason.
+        CannotGrow: with the reason.
     """
     values = [use for use in model.producing[dimension] if use.op not in pair_ops]
     if len(values) != 1:
@@ -57,7 +57,7 @@ def find_replay(model: Dimensions, scores: Op, attention: Attention | None, dime
     """What the model does between scores and weights, head by head.
 
     Raises:
-        Unaligned: with the reason.
+        CannotGrow: with the reason.
     """
     if attention is None:
         raise CannotGrow("the weights of its attention are not found")
@@ -159,7 +159,7 @@ def _head_path(
     """The path of whole heads from those of their query-key and value dimensions.
 
     Raises:
-        Unaligned: with the reason.
+        CannotGrow: with the reason.
     """
     pair, tangent = scored.pair, read.tangent
     query, key, value = uses

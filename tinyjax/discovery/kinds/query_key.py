@@ -45,7 +45,7 @@ def find_pair(
     """The query's product and the scores as its consumer, the keys, the roles of vectors met, the operations seen.
 
     Raises:
-        Unaligned: with the reason.
+        CannotGrow: with the reason.
     """
     if len(producers) != 2:
         raise CannotGrow(f"it is made by {len(producers)} products where a query and a key are two")

@@ -55,7 +55,7 @@ def find_recurrence(
     """The cells of a recurrent dimension.
 
     Raises:
-        Unaligned: with the reason.
+        CannotGrow: with the reason.
     """
     for use in (*producers, *consumers):
         _require_plain(use, dimension)

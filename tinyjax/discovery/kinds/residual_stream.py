@@ -102,7 +102,7 @@ def find_stream(model: Dimensions, dimension: Atom) -> Found:
     """The writers and readers of a residual stream.
 
     Raises:
-        Unaligned: with the reason why it cannot grow.
+        CannotGrow: with the reason why it cannot grow.
     """
     consumers = model.consuming.get(dimension, [])
     writers = [*model.producing.get(dimension, []), *_lookups(model, dimension)]

@@ -25,7 +25,7 @@ def _norms(model: Dimensions, flow: Flow, dimension: Atom, consumers: Sequence[P
     """Whether norms divide by the number of coordinates; None without a norm.
 
     Raises:
-        Unaligned: something else than linear operations, readers and root-mean-square norms sees the stream.
+        CannotGrow: something else than linear operations, readers and root-mean-square norms sees the stream.
     """
     reading, needed = {use.op for use in consumers}, model.axes.needed
     squared: set[Value] = set()

@@ -53,7 +53,7 @@ def lay_out(
     """The geometry of a path, and its uses with rows `(samples, *pixels)`.
 
     Raises:
-        Unaligned: with the reason.
+        CannotGrow: with the reason.
     """
     samples = root(axes.samples)
     if producer.op.stack or any(c.op.stack for c in consumers):

@@ -39,7 +39,7 @@ def lay_out_row_factor(axes: Axes, weight: RowFactor, producer: Product) -> RowF
     """A factor in the order of the rows of a producer.
 
     Raises:
-        Unaligned: with the reason.
+        CannotGrow: with the reason.
     """
     op, tensor = weight.op, axes[weight.value]
     if op.inside or op.scans != producer.op.scans:

@@ -48,7 +48,7 @@ def find_tangent(
         kernels: all products with a parameter.
 
     Raises:
-        Unaligned: with the reason.
+        CannotGrow: with the reason.
     """
     columns = [a for f, a in enumerate(producer.output_atoms) if f in producer.outputs.cols and a is not None]
     heads = [root(a) for a in columns if root(a) is not dimension]
@@ -78,7 +78,7 @@ def slot_path(
     """The path of a slot from a product to a value, `layout` being that value's; the `kept` dimensions stay apart.
 
     Raises:
-        Unaligned: with the reason.
+        CannotGrow: with the reason.
     """
     ops = between(wiring, flow, {producer.op}, [read])
     taps, scalars, factors = follow(axes, wiring, flow, producer, dimension, ops, kept, kernels)
@@ -104,7 +104,7 @@ def follow(
     """The taps, scalars and factors of a `Tangent` along some operations.
 
     Raises:
-        Unaligned: with the reason.
+        CannotGrow: with the reason.
     """
     taps: dict[Address, int] = {}
     scalars: dict[Value, Any] = {}

@@ -168,7 +168,7 @@ def _refuse_unknown(node: Any) -> None:
     if name not in CONTAINERS and (hasattr(node, "_fields") or not isinstance(node, tuple | list | dict)):
         raise ValueError(
             f"`with_birth` does not know how `{name}` treats new slots (its state is not one known value an entry): "
-            "use another optimizer, or `reset_grown(..., rule=everything)` without `with_birth`"
+            "use another optimizer, or `reset_grown(..., rule=all_afresh)` without `with_birth`"
         )
     for child in jax.tree.leaves(node, is_leaf=lambda x: x is not node):
         _refuse_unknown(child)

@@ -1,7 +1,7 @@
 """After a growth: what the optimizer's state holds for the slots just written.
 
 `fresh` gives them the state of a new optimizer, age included; `zeros` the state but not the age (with Adam that makes
-first steps up to 6.6 times too long, a control); `everything` starts all slots afresh (another control).
+first steps up to 6.6 times too long, a control); `all_afresh` starts all slots afresh (another control).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -120,7 +120,7 @@ def reset_grown(
         params: the full parameters, in which the sites were found.
         sites: the sites that `born` names.
         born: by site name, which slots were just written (`info.born`), `(capacity,)` booleans, traced or not.
-        rule: `fresh`, `zeros` or `everything`, or any function with their signature.
+        rule: `fresh`, `zeros` or `all_afresh`, or any function with their signature.
         trainable: the part of the parameters that the optimizer sees.
 
     Returns:
