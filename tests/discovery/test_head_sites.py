@@ -198,10 +198,13 @@ def test_another_number_of_heads_keeps_the_function_of_a_rebuilt_model():
     shapes = {"q": (FEATURES, 6), "k": (FEATURES, 6), "v": (FEATURES, 6), "o": (6, OUTPUTS)}
     params = jitter({name: jnp.zeros(shape) for name, shape in shapes.items()})
     before, rebuilt = jax.jit(cut_by_reshape(2)), jax.jit(cut_by_reshape(4))
-    sites = tinyjax.find_sites(before, params, batch)
+    rebuild = lambda sizes: cut_by_reshape(sizes["heads"])  # noqa: E731
+    sites = tinyjax.find_sites(before, params, batch, make_loss=rebuild)
     wider, larger = tinyjax.resize(params, sites, {"heads": 4})
     np.testing.assert_allclose(rebuilt(wider, batch), before(params, batch), rtol=1e-12)
-    assert larger == tinyjax.find_sites(rebuilt, wider, batch), "the query-key site has four layers now"
+    assert larger == tinyjax.find_sites(rebuilt, wider, batch, make_loss=rebuild), (
+        "the query-key site has four layers now"
+    )
     compact, widths = tinyjax.compact(tinyjax.thin(wider, larger, {"heads": 1}), larger)
     assert widths == {"heads": 1, "q": 3, "v": 3} and compact["q"].shape == (FEATURES, 3)
     with pytest.raises(ValueError, match="found with 4 slots in leaves of other shapes"):

@@ -63,13 +63,13 @@ def test_every_layer_adds_the_same_number_of_visits(name):
 def test_a_second_walk_over_the_whole_graph_for_every_layer_is_seen(monkeypatch):
     """The count can fail: one loop over all operations a dimension, and it is no longer linear."""
 
-    def judge(model: Any, dimension: Any) -> Any:
+    def classify(model: Any, dimension: Any) -> Any:
         assert sum(len(op.outs) for op in model.graph.ops)
         return honest(model, dimension)
 
-    honest = sites.judge
+    honest = sites.classify
     # The loop is here, outside of the package: this folder's lines count as if they were the library's.
-    monkeypatch.setattr(sites, "judge", judge)
+    monkeypatch.setattr(sites, "classify", classify)
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", str(Path(__file__).parent))
     visits = [num_visits(trace(*mlp(depth))) for depth in DEPTHS]
     assert visits[3] - visits[2] > 3 * (visits[2] - visits[1]) > 0

@@ -45,7 +45,7 @@ def accuracy(h, p, b):
 
 
 def correlation(h, p, b):
-    return h, jnp.linalg.norm(h.T @ h - jnp.eye(6))
+    return h, jnp.linalg.norm(h.T @ h - jnp.eye(h.shape[1]))
 
 
 def printed(h, p, b):

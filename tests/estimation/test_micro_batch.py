@@ -166,7 +166,7 @@ def test_growing_with_them(normalised):
     ("options", "message"),
     [
         (dict(micro_batch=7), "even number of samples, got 7"),
-        (dict(micro_batch="8"), "even number of samples, got '8'"),
+        (dict(micro_batch="8"), "must be an int, got '8'"),
         (dict(micro_batch=8, chunk=8), "leave one out"),
         (dict(project=1.0, null_draws=3), "which `project` leaves out"),
     ],
