@@ -11,6 +11,7 @@ from tests.discovery.test_sample_coupling import BATCH, COUPLED, SEPARABLE, N, o
 from tests.support.zoo import layers
 from tinyjax.core.batch import take_samples
 from tinyjax.discovery.dimensions.loss_form import require_mean
+from tinyjax.discovery.traced_loss import TracedLoss
 
 PARAMS = layers.two_layers()
 ONES = np.ones(3) / 3
@@ -42,7 +43,8 @@ MEANS = SEPARABLE | {
 
 
 def check(loss_fn, batch=BATCH):
-    require_mean(loss_fn, PARAMS, batch, take_samples(batch, 0, N // 2))
+    loss = TracedLoss(loss_fn)
+    require_mean(loss.trace(PARAMS, batch), loss.trace(PARAMS, take_samples(batch, 0, N // 2)))
 
 
 def growth(loss_fn):
@@ -77,7 +79,8 @@ def test_what_couples_samples_passes(name):
 def test_zoo(name):
     model = layers.MODELS[name]()
     few = take_samples(model.batch, 0, 2)
-    require_mean(model.loss_fn, model.params, model.batch, few, has_aux=model.has_aux)
+    loss = TracedLoss(model.loss_fn, model.has_aux)
+    require_mean(loss.trace(model.params, model.batch), loss.trace(model.params, few))
 
 
 def test_growths_and_chunks_refuse_a_sum():

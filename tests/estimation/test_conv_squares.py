@@ -14,6 +14,7 @@ from jax import lax
 
 import tinyjax
 from tests.support.zoo.layers import draw
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.conv_squares import bounded_squares
 from tinyjax.growth.batch_split import split_batch
 from tinyjax.methods import Effect, predicted_gain
@@ -112,7 +113,7 @@ def test_gains_are_those_of_the_moves_at_their_best_amplitude(name):
 
 def test_squares_are_of_the_samples_they_name():
     apply, params, batch, site = case("strided")
-    squares = bounded_squares(loss_of(apply), params, batch, tinyjax.Sites([site]), has_aux=False)["k"]
+    squares = bounded_squares(TracedLoss(loss_of(apply)), params, batch, tinyjax.Sites([site]))["k"]
     statistics = jax.jit(lambda p, b: tinyjax.estimate(loss_of(apply), p, b, site))(params, batch)
     neurons = neurons_of(statistics)
     twice = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), neurons._replace(singular_values=None))
@@ -124,7 +125,7 @@ def test_squares_are_of_the_samples_they_name():
 
 def test_only_sites_with_several_offsets_need_them():
     apply, params, batch, site = case("pooled")
-    assert bounded_squares(loss_of(apply), params, batch, tinyjax.Sites([site]), has_aux=False) == {}
+    assert bounded_squares(TracedLoss(loss_of(apply)), params, batch, tinyjax.Sites([site])) == {}
 
 
 def test_diagnosis_scores_convolutions_at_their_best_amplitude():

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.zoo import layers
 from tinyjax.discovery.sites import find_sites
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.estimator import estimate, estimate_batch
 from tinyjax.statistics.merging import merge
 
@@ -95,7 +96,7 @@ def test_what_is_small_passes_at_once(monkeypatch):
 def test_sums_that_are_not_asked_for_are_not_formed():
     params, batch = layers.two_layers(), layers.data(8, 5)
     site = site_of(LOSS, params, batch)
-    step = jax.jit(lambda p, b, asked: estimate_batch(LOSS, p, b, site, asked={"w": asked}).statistics["w"])
+    step = jax.jit(lambda p, b, asked: estimate_batch(TracedLoss(LOSS), p, b, site, asked={"w": asked}).statistics["w"])
     assert_same(step(params, batch, True), estimate(LOSS, params, batch, site))
     left_out = step(params, batch, False)
     np.testing.assert_allclose(left_out.energy, step(params, batch, True).energy, rtol=1e-12)

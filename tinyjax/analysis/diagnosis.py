@@ -16,6 +16,7 @@ from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites, as_sites
 from tinyjax.discovery.dimensions.loss_form import require_mean_in_parts
 from tinyjax.discovery.sites import find_sites
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.conv_squares import bounded_squares
 from tinyjax.estimation.estimator import estimate_batch
 from tinyjax.methods import (
@@ -136,20 +137,20 @@ def diagnose(
         require_unfrozen(sites, frozen)
         for site in sites:
             require_growable(site)
-    require_mean_in_parts(loss_fn, params, batch, has_aux=has_aux)
+    loss_of = TracedLoss(loss_fn, has_aux)
+    require_mean_in_parts(partial(loss_of.trace, params), batch)
     growable = sites.growable
     refused = Sites(site for site in sites if not site.growable)
     if not growable:
-        loss = loss_fn(params, batch)
-        return Diagnosis({}, refused, float(loss[0] if has_aux else loss))
+        return Diagnosis({}, refused, float(loss_of(params, batch)))
 
     # New heads are searched for in the slots of the old ones.
     counts = {site.name: min(num_neurons, site.capacity) if site.pattern else num_neurons for site in growable}
 
     @jax.jit
     def measure(params: Params, batch: Any) -> tuple[jax.Array, dict[str, Any]]:
-        found = estimate_batch(loss_fn, params, batch, growable, has_aux=has_aux, num_gates=counts)
-        squares = bounded_squares(loss_fn, params, batch, growable, has_aux=has_aux)
+        found = estimate_batch(loss_of, params, batch, growable, num_gates=counts)
+        squares = bounded_squares(loss_of, params, batch, growable)
         summaries = {}
         for site in growable:
             summary = partial(_summary, counts[site.name], squares.get(site.name))

@@ -1,7 +1,7 @@
 """Patterns for new attention heads: a pass over some samples whose tokens are kept, for the search in them."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ from tinyjax.core.neurons import Pattern
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites
 from tinyjax.core.slots import used_dimensions
-from tinyjax.discovery.graph.tracing import trace
 from tinyjax.discovery.paths.path import Head, Path
-from tinyjax.discovery.sites import discover, paths_of
+from tinyjax.discovery.sites import paths_of
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.attention_replay import attend_alone
 from tinyjax.estimation.gated_units import ROWS
 from tinyjax.estimation.recording import Captured
@@ -28,25 +28,22 @@ from tinyjax.statistics.dense import with_constant
 
 
 def search_patterns(
-    loss_fn: Callable[..., Any],
+    loss: TracedLoss,
     params: Params,
     batch: Any,
     sites: Sites,
     num_heads: Mapping[str, int],
-    *,
-    has_aux: bool = False,
 ) -> dict[str, Pattern]:
     """Queries and keys of new heads for every site of whole heads, in what the best update of its outputs leaves.
 
     Deterministic. A new head has the query-key and value dimensions that the others have in use.
 
     Args:
-        loss_fn: the loss.
+        loss: the loss.
         params: the parameters.
         batch: the samples; only the first are searched in, as many as give `gates.ROWS` tokens.
         sites: growable sites of whole heads.
         num_heads: how many, by site name.
-        has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Returns:
         By site name, layers of a stack in front.
@@ -59,14 +56,13 @@ def search_patterns(
             raise ValueError(
                 f"{num_heads[site.name]} new heads at site `{site.name}`, which has {site.capacity} slots; `resize` it"
             )
-    traced = trace(loss_fn, params, batch, has_aux=has_aux)
-    discovery = discover(traced)
+    traced, discovery = loss.trace(params, batch), loss.discover(params, batch)
     most = max(max(head.pair.sizes[3:]) for site in sites for head in _heads(paths_of(discovery, site)))
     kept = max(2, ROWS // most)
     if kept < batch_size(batch):
         batch = take_samples(batch, 0, kept)
-        traced = trace(loss_fn, params, batch, has_aux=has_aux)
-        discovery = discover(traced)
+        traced = loss.trace(params, batch)
+        discovery = loss.discover(params, batch)
     paths = {site.name: paths_of(discovery, site)[0] for site in sites}
     captured = capture_paths(traced, params, batch, list(paths.values()))
     return {

@@ -21,8 +21,9 @@ from tinyjax.core.neurons import Pattern
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites
 from tinyjax.core.windows import num_offsets
-from tinyjax.discovery.graph.tracing import Trace, trace
-from tinyjax.discovery.sites import Discovery, discover, paths_of
+from tinyjax.discovery.graph.tracing import Trace
+from tinyjax.discovery.sites import Discovery, paths_of
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.recording import Captured
 from tinyjax.estimation.rows import capture_paths
 from tinyjax.estimation.summation import projection, site_sums
@@ -50,9 +51,8 @@ class Estimate(NamedTuple):
 class Step(NamedTuple):
     """Sums of one chunk."""
 
-    loss_fn: Callable[..., Any]
+    loss: TracedLoss
     sites: Sites
-    has_aux: bool
     energy_matrix: bool
     offset_gram: bool
     null_draws: int
@@ -179,8 +179,7 @@ def _scan(
     rest = take_samples(batch, chunks * size, num_samples)
     if left == 1:  # an axis of one sample has no identity: repeat the sample, and count the copy's half as empty
         rest = map_samples(lambda x: jnp.concatenate([x, x]), rest)
-    rest_traced = trace(step.loss_fn, params, rest, has_aux=step.has_aux)
-    last = step(rest_traced, discover(rest_traced), params, rest, first + chunks * size)
+    last = step(step.loss.trace(params, rest), step.loss.discover(params, rest), params, rest, first + chunks * size)
     if left == 1:
         last = last._replace(statistics={name: keep_half(s, 0) for name, s in last.statistics.items()})
     return Estimate(total.loss + last.loss * (left / num_samples), _merge_all(total.statistics, last.statistics))

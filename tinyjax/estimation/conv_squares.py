@@ -6,7 +6,7 @@ of magnitude, and what they gain is not the sum of lambda^2 but what they gain a
 the few new channels over the samples gives the square itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,9 @@ from tinyjax.core.kernels import rows
 from tinyjax.core.params import Params
 from tinyjax.core.site import Sites
 from tinyjax.core.windows import num_offsets, out_shape
-from tinyjax.discovery.graph.tracing import Trace, trace
+from tinyjax.discovery.graph.tracing import Trace
 from tinyjax.discovery.paths.path import Geometry, Path
-from tinyjax.discovery.sites import discover
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.recording import record
 from tinyjax.methods import Neurons, Squares
 from tinyjax.statistics.convolution.linear_map import linear_move
@@ -29,22 +29,18 @@ from tinyjax.statistics.convolution.linear_map import linear_move
 _ENTRIES = 2**23  # temporary numbers a chunk may hold
 
 
-def bounded_squares(
-    loss_fn: Callable[..., Any], params: Params, batch: Any, sites: Sites, *, has_aux: bool
-) -> dict[str, Squares]:
+def bounded_squares(loss: TracedLoss, params: Params, batch: Any, sites: Sites) -> dict[str, Squares]:
     """`squared_moves` for every site whose S is only a bound, by name: functions of neurons.
 
     Args:
-        loss_fn: the loss.
+        loss: the loss.
         params: the parameters that the statistics were taken at.
         batch: the batch that they were taken from.
         sites: of the model.
-        has_aux: whether `loss_fn` returns `(loss, aux)`.
     """
     if not any(rows(kernel) > site.capacity for site in sites for kernel in site.consumers):  # no kernel offsets
         return {}
-    traced = trace(loss_fn, params, batch, has_aux=has_aux)
-    paths = discover(traced).paths
+    traced, paths = loss.trace(params, batch), loss.discover(params, batch).paths
     return {
         site.name: partial(
             squared_moves, traced, paths[site.name], params, batch, bias=site.producers[0].bias is not None

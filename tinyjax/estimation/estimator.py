@@ -1,6 +1,7 @@
 """From a loss and a batch to the sums of every site, in one forward and one backward pass that all sites share."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 from jaxtyping import Array
@@ -14,8 +15,7 @@ from tinyjax.core.site import Site, Sites, as_sites
 from tinyjax.core.whole_numbers import whole_number
 from tinyjax.discovery.dimensions.loss_form import coupling, require_mean, require_mean_in_parts
 from tinyjax.discovery.graph.flattening import num_numbers
-from tinyjax.discovery.graph.tracing import trace
-from tinyjax.discovery.sites import discover
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.attention_heads import search_patterns
 from tinyjax.estimation.chunks import Estimate, Step, sums_in_chunks, with_thirds
 from tinyjax.estimation.gated_units import search_gates
@@ -128,7 +128,6 @@ def estimate(
     batches = batch if isinstance(batch, Iterator) else iter((batch,))
     total: dict[str, Statistics] = {}
     options: dict[str, Any] = dict(
-        has_aux=has_aux,
         energy_matrix=energy_matrix,
         offset_gram=offset_gram,
         null_draws=null_draws,
@@ -138,11 +137,11 @@ def estimate(
         micro_batch=micro_batch,
         project=project,
     )
-    first = 0
+    loss, first = TracedLoss(loss_fn, has_aux), 0
     for one in batches:
         if first == 0 and isinstance(batch, Iterator):
-            require_mean_in_parts(loss_fn, params, one, has_aux=has_aux)
-        found = estimate_batch(loss_fn, params, one, sites, first=first, **options).statistics
+            require_mean_in_parts(partial(loss.trace, params), one)
+        found = estimate_batch(loss, params, one, sites, first=first, **options).statistics
         first += batch_size(one)
         if total and any(s.gates is not None for s in found.values()):
             raise ValueError("gates and patterns of new heads are looked for in one batch: pass one, not an iterator")
@@ -159,12 +158,11 @@ def estimate(
 
 
 def estimate_batch(
-    loss_fn: Callable[..., Any],
+    loss: TracedLoss,
     params: Params,
     batch: Any,
     sites: Site | Sequence[Site],
     *,
-    has_aux: bool = False,
     energy_matrix: bool = False,
     offset_gram: bool = False,
     null_draws: int = 0,
@@ -202,29 +200,29 @@ def estimate_batch(
     gates: dict[str, Array | Pattern] = {}
     for search, found in ((search_gates, gated), (search_patterns, whole_heads)):
         if found:
-            gates |= search(loss_fn, params, some, found, per_site(sites, num_gates), has_aux=has_aux)
+            gates |= search(loss, params, some, found, per_site(sites, num_gates))
     sums = energy_matrix or third_moments > 0, offset_gram, null_draws
-    step = Step(loss_fn, sites, has_aux, *sums, gates, project, asked=asked or {})
+    step = Step(loss, sites, *sums, gates, project, asked=asked or {})
     in_parts = size < num_samples and (chunk is not None or micro_batch is not None)
-    whole = None if in_parts else trace(loss_fn, params, batch, has_aux=has_aux)
+    whole = None if in_parts else loss.trace(params, batch)
     if size < num_samples and (whole is None or num_numbers(whole) > AT_ONCE):
-        traced = trace(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
-        discovery = discover(traced)
+        part = take_samples(batch, 0, size)
+        traced, discovery = loss.trace(params, part), loss.discover(params, part)
         coupled = coupling(discovery.graph, discovery.axes) if micro_batch is None else ""
         if coupled and chunk is not None:
             raise ValueError(f"this loss couples the samples of a batch ({coupled}): leave `chunk` out")
         if not coupled:
             if micro_batch is None:
-                require_mean(loss_fn, params, batch, take_samples(batch, 0, size), has_aux=has_aux)
+                require_mean(loss.trace(params, batch), traced)
             else:
-                require_mean_in_parts(loss_fn, params, take_samples(batch, 0, size), has_aux=has_aux)
+                require_mean_in_parts(partial(loss.trace, params), part)
 
             def in_chunks(step: Step) -> Estimate:
                 return sums_in_chunks(step, traced, discovery, params, batch, num_samples, size, first)
 
             return in_chunks(step) if not third_moments else with_thirds(step, in_chunks, discovery, third_moments)
     assert whole is not None, "a loss that couples its samples is refused a `chunk`"
-    discovery = discover(whole)
+    discovery = loss.discover(params, batch)
 
     def at_once(step: Step) -> Estimate:
         return step(whole, discovery, params, batch, first)

@@ -1,7 +1,7 @@
 """Gates for new gated units: a pass over some samples whose rows are kept, for the search in them."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ from jaxtyping import Array
 from tinyjax.core.linalg import matmul
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites
-from tinyjax.discovery.graph.tracing import trace
-from tinyjax.discovery.sites import discover, paths_of
+from tinyjax.discovery.sites import paths_of
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.rows import Rows, capture_paths, path_rows
 from tinyjax.estimation.summation import site_sums
 from tinyjax.methods import best_update, find_gates, held_out_update
@@ -23,31 +23,27 @@ ROWS = 8192
 
 
 def search_gates(
-    loss_fn: Callable[..., Any],
+    loss: TracedLoss,
     params: Params,
     batch: Any,
     sites: Sites,
     num_gates: Mapping[str, int],
-    *,
-    has_aux: bool = False,
 ) -> dict[str, Array]:
     """Gates for new units of every site of gated units, in what the best update of its consumers leaves undone.
 
     Deterministic: the starts of the search are pseudo-random numbers that change with the width of the site.
 
     Args:
-        loss_fn: the loss.
+        loss: the loss.
         params: the parameters.
         batch: the samples to search in.
         sites: growable sites with a `gate`.
         num_gates: how many, by site name.
-        has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Returns:
         (*stack, B, num_gates) by site name, the gate's bias as last row iff it has one.
     """
-    traced = trace(loss_fn, params, batch, has_aux=has_aux)
-    discovery = discover(traced)
+    traced, discovery = loss.trace(params, batch), loss.discover(params, batch)
     paths = {site.name: paths_of(discovery, site) for site in sites}
     captured = capture_paths(traced, params, batch, [path for found in paths.values() for path in found])
     found = {}

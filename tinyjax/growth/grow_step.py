@@ -19,8 +19,7 @@ from tinyjax.core.batch import batch_size
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites, as_sites
 from tinyjax.discovery.dimensions.loss_form import require_mean
-from tinyjax.discovery.graph.tracing import trace
-from tinyjax.discovery.sites import discover
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.conv_squares import bounded_squares
 from tinyjax.estimation.estimator import estimate_batch
 from tinyjax.growth.batch_split import BatchParts, split_batch
@@ -137,11 +136,10 @@ def make_grow_step(
         rows = {site.name: frozen_rows(site, frozen) for site in sites}
         chosen: dict[str, Any] = options | {"project": None} if any(rows.values()) else options
         found = estimate_batch(
-            loss_fn,
+            TracedLoss(loss_fn, has_aux),
             params,
             batch,
             sites,
-            has_aux=has_aux,
             micro_batch=estimate_micro_batch,
             num_gates=counts,
             asked=asked,
@@ -153,7 +151,7 @@ def make_grow_step(
         }
 
     def squares_of(params: Params, batch: Any) -> dict[str, Squares]:
-        return bounded_squares(loss_fn, params, batch, sites, has_aux=has_aux)
+        return bounded_squares(TracedLoss(loss_fn, has_aux), params, batch, sites)
 
     def limited(site: Site, statistics: Statistics, wanted: Array) -> Array:
         if how_many is None:
@@ -174,7 +172,7 @@ def make_grow_step(
     ) -> tuple[Any, ...]:
         frozen = frozen_leaves(params, optimizer, trainable)
         require_unfrozen(sites, frozen)
-        parts = _parts(loss_fn, params, batch, sites, has_aux)
+        parts = _parts(TracedLoss(loss_fn, has_aux), params, batch, sites)
         asked = {name: k > 0 for name, k in neurons.items()} if len(sites) > 1 else {}
         found = statistics_of(params, parts.estimation, inputs, asked, frozen)
         squares = squares_of(params, parts.estimation)
@@ -247,12 +245,12 @@ def _with_inputs(name: str, statistics: Statistics, inputs: Inputs | None) -> St
     return dataclasses.replace(statistics, gram_prev=inputs.gram_prev, spectra=inputs.spectra)
 
 
-def _parts(loss_fn: Callable[..., Any], params: Params, batch: Any, sites: Sites, has_aux: bool) -> BatchParts:
+def _parts(loss: TracedLoss, params: Params, batch: Any, sites: Sites) -> BatchParts:
     """The parts of the batch, with what searches and births under a normalisation need of the traced loss."""
     estimation, search = split_batch(batch)
-    require_mean(loss_fn, params, estimation, search, has_aux=has_aux)
-    parts = BatchParts(estimation, search, batch, trace(loss_fn, params, search, has_aux=has_aux))
+    require_mean(loss.trace(params, estimation), loss.trace(params, search))
+    parts = BatchParts(estimation, search, batch, loss.trace(params, search))
     if not any(site.norm is not None for site in sites):
         return parts
-    whole = trace(loss_fn, params, batch, has_aux=has_aux)
-    return parts._replace(normalised=(whole, {name: paths[0] for name, paths in discover(whole).paths.items()}))
+    paths = {name: paths[0] for name, paths in loss.discover(params, batch).paths.items()}
+    return parts._replace(normalised=(loss.trace(params, batch), paths))

@@ -11,9 +11,9 @@ from jaxtyping import Array
 
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites, as_sites
-from tinyjax.discovery.graph.tracing import trace
 from tinyjax.discovery.paths.path import Path
-from tinyjax.discovery.sites import Discovery, discover
+from tinyjax.discovery.sites import Discovery
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.estimator import estimate_batch
 from tinyjax.growth.batch_split import split_batch
 from tinyjax.statistics.spectra import Spectra, decompose
@@ -64,11 +64,12 @@ def decompose_inputs(
         >>> params, info = grow_step(params, batch, inputs=inputs)
     """
     samples, _ = split_batch(batch)
-    discovery = discover(trace(loss_fn, params, samples, has_aux=has_aux))
+    loss = TracedLoss(loss_fn, has_aux)
+    discovery = loss.discover(params, samples)
     constant = Sites(site for site in as_sites(sites) if _reads_only_data(discovery, site))
     if not constant:
         return {}
-    found = estimate_batch(loss_fn, params, samples, constant, has_aux=has_aux).statistics
+    found = estimate_batch(loss, params, samples, constant).statistics
     return {name: Inputs(s.gram_prev, decompose(s.gram_prev, s.count)) for name, s in found.items()}
 
 

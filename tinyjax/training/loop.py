@@ -8,6 +8,7 @@ caller.
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from tinyjax.core.slots import width
 from tinyjax.core.whole_numbers import whole_number
 from tinyjax.discovery.dimensions.loss_form import require_mean_in_parts
 from tinyjax.discovery.sites import find_sites
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.growth.batch_split import FEWEST
 from tinyjax.growth.checks import require_counts
 from tinyjax.growth.info import GrowthInfo, check
@@ -169,7 +171,8 @@ def fit(
         raise ValueError(f"`growth_samples` must be at least {FEWEST} samples, got {growth_samples}")
     if micro_batch is not None:
         micro_batch = whole_number(micro_batch, "`micro_batch`", least=1)
-        require_mean_in_parts(loss_fn, params, take_samples(first, 0, micro_batch), has_aux=has_aux)
+        loss = TracedLoss(loss_fn, has_aux)
+        require_mean_in_parts(partial(loss.trace, params), take_samples(first, 0, micro_batch))
     options = dict(optimizer=optimizer, trainable=trainable, has_aux=has_aux) | growth
     compiled = _Compiled(loss_fn, found, most, options, with_aux, programs, history)
     if opt_state is None:

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from tinyjax.core.batch import has_samples
-from tinyjax.core.params import Params
 from tinyjax.discovery.dimensions.axes import Axes
 from tinyjax.discovery.dimensions.constant_folding import at_numbers
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE, RANDOM
@@ -21,7 +20,7 @@ from tinyjax.discovery.dimensions.unification import root, roots
 from tinyjax.discovery.graph.flattening import flatten
 from tinyjax.discovery.graph.graph import MATMULS, VIEWS, Graph, Op, Value
 from tinyjax.discovery.graph.liveness import behind_loss
-from tinyjax.discovery.graph.tracing import Trace, trace
+from tinyjax.discovery.graph.tracing import Trace
 
 # By how much the terms of a value are larger in the first graph than in the second; None: not by a factor.
 SampleFactors = frozenset[float] | None
@@ -35,31 +34,16 @@ _ADDITIVE = VIEWS | frozenset(
 _PRODUCTS = MATMULS | {"mul"}
 
 
-def require_mean(loss_fn: Callable[..., Any], params: Params, many: Any, few: Any, *, has_aux: bool = False) -> None:
-    """Raises a ValueError if the loss sums over the samples of its batch; what it cannot tell, it lets pass.
-
-    Args:
-        loss_fn: `loss_fn(params, batch) -> loss`, or `(loss, aux)` with `has_aux`.
-        params: the parameters; only shapes matter.
-        many: a batch.
-        few: a batch of fewer samples.
-        has_aux: whether `loss_fn` returns `(loss, aux)`.
-    """
-    _refuse_sums(*(trace(loss_fn, params, batch, has_aux=has_aux) for batch in (many, few)))
-
-
-def require_mean_in_parts(loss_fn: Callable[..., Any], params: Params, part: Any, *, has_aux: bool = False) -> None:
+def require_mean_in_parts(traced: Callable[[Any], Trace], part: Any) -> None:
     """Raises a ValueError if the loss sums over the samples of a part of a batch; twice as many are traced beside it.
 
     A loss that takes no other number of samples passes: all its parts are alike.
 
     Args:
-        loss_fn: `loss_fn(params, batch) -> loss`, or `(loss, aux)` with `has_aux`.
-        params: the parameters; only shapes matter.
+        traced: from samples to the loss traced on them.
         part: samples; only shapes matter.
-        has_aux: whether `loss_fn` returns `(loss, aux)`.
     """
-    one = trace(loss_fn, params, part, has_aux=has_aux)
+    one = traced(part)
 
     def doubled(leaf: Any) -> Any:
         if not has_samples(leaf, one.num_samples):
@@ -67,13 +51,19 @@ def require_mean_in_parts(loss_fn: Callable[..., Any], params: Params, part: Any
         return jax.ShapeDtypeStruct((2 * leaf.shape[0], *leaf.shape[1:]), leaf.dtype)
 
     try:
-        two = trace(loss_fn, params, jax.tree.map(doubled, part), has_aux=has_aux)
+        two = traced(jax.tree.map(doubled, part))
     except (TypeError, ValueError, AssertionError):
         return
-    _refuse_sums(two, one)
+    require_mean(two, one)
 
 
-def _refuse_sums(many: Trace, few: Trace) -> None:
+def require_mean(many: Trace, few: Trace) -> None:
+    """Raises a ValueError if the loss sums over the samples of its batch; what it cannot tell, it lets pass.
+
+    Args:
+        many: the loss traced on a batch.
+        few: the loss traced on fewer samples.
+    """
     ratio = many.num_samples / few.num_samples
     first, second = map(flatten, (many, few))
     if [op.name for op in first.ops] != [op.name for op in second.ops]:

@@ -42,8 +42,7 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
     """
     if not callable(loss_fn):
         raise ValueError(f"`loss_fn` must be a function of `(params, batch)`, got {loss_fn!r}")
-    _require_arrays("params", params)
-    _require_arrays("batch", batch)
+    require_arrays(params, batch)
     if not jax.tree.leaves(params):
         raise ValueError("`params` has no leaves: pass the pytree of arrays that the loss reads")
     names = named_leaves(params)
@@ -71,12 +70,13 @@ def trace(loss_fn: Callable[..., Any], params: Params, batch: Any, *, has_aux: b
     )
 
 
-def _require_arrays(what: str, tree: Any) -> None:
+def require_arrays(params: Params, batch: Any) -> None:
     """Raises a ValueError for a leaf that is neither an array (or its shape), a number nor a key."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        dtype = getattr(leaf, "dtype", None)
-        if not isinstance(leaf, bool | int | float | complex) and (dtype is None or dtype == np.dtype(object)):
-            raise ValueError(
-                f"`{what}`{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not an array: leave it out, "
-                "close the loss over it"
-            )
+    for what, tree in {"params": params, "batch": batch}.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            dtype = getattr(leaf, "dtype", None)
+            if not isinstance(leaf, bool | int | float | complex) and (dtype is None or dtype == np.dtype(object)):
+                raise ValueError(
+                    f"`{what}`{jax.tree_util.keystr(path)} is a {type(leaf).__name__}, not an array: leave it out, "
+                    "close the loss over it"
+                )
