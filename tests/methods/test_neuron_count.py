@@ -15,7 +15,7 @@ from tests.support.oracles import make_samples, record
 from tests.support.zoo.layers import draw
 from tinyjax.methods import energy, fraction, rank_trigger, significant
 from tinyjax.statistics.dense import null_signs
-from tinyjax.statistics.record import Null
+from tinyjax.statistics.sums import Null
 
 N, D, C, Q = 120, 6, 4, 5
 PARAMS = draw(0, w=(D, C), b=(C,), u=(C, Q), c=(Q,))

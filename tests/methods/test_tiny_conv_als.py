@@ -24,6 +24,7 @@ from tinyjax.methods.tiny_conv_als import (
 from tinyjax.statistics.averages import Moments
 from tinyjax.statistics.convolution.image_sums import conv_sums
 from tinyjax.statistics.convolution.linear_map import linear_move
+from tinyjax.statistics.sums import second_moments
 
 SAME = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 POINT = Window((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
@@ -48,13 +49,7 @@ def problem(consumer=SAME):
     @jax.jit
     def build(x, h, v):
         sums = conv_sums(x, h, v, SAME, consumer, bias_prev=True, bias=True, offset_gram=True, chunk=4)
-        mean = Moments(
-            **{
-                name: jax.tree.map(lambda s: s.sum(0) / len(x), s)
-                for name, s in sums._asdict().items()
-                if name in Moments._fields
-            }
-        )
+        mean = Moments(**jax.tree.map(lambda s: s.sum(0) / len(x), second_moments(sums)))
         return conv_problem(mean, solve(mean.gram, mean.cross))
 
     return build(*data())

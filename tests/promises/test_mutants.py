@@ -76,9 +76,9 @@ MUTANTS = [
            "if len(offsets) == 1 else omega.reshape(*omega.shape[:-1], num_outputs, *(layout.factors[f] for f in offsets))",
            "test_fan_out_of_a_flattened_axis_is_ordered_output_then_position"),
     # Merging
-    Mutant("records are not added", "jax.tree.map(jnp.add, getattr(a, name), getattr(b, name))",
-           "jax.tree.map(jnp.maximum, getattr(a, name), getattr(b, name))", "test_merge_is_the_record_of_all_samples"),
-    Mutant("a merged record keeps the older weights", "added = _replace_sums(b, lambda", "added = _replace_sums(a, lambda",
+    Mutant("records are not added", "map_sums(lambda y, x: x + y", "map_sums(lambda y, x: jnp.maximum(x, y)",
+           "test_merge_is_the_record_of_all_samples"),
+    Mutant("a merged record keeps the older weights", "map_sums(lambda y, x: x + y, b, a)", "map_sums(lambda y, x: x + y, a, b)",
            "test_merge_takes_weights_and_width_from_the_second"),
     # Optimizer states
     Mutant("newborns are as old as the network", "jnp.where(_spread(vector, axis, old.ndim), state.count, old)",

@@ -197,7 +197,7 @@ def _statistics(pair: _Connection, captured: Captured, num_samples: int) -> Stat
     sums = row_sums(b, h, v, num_samples, bias_prev=False, bias=bias, energy_matrix=False)
     return Statistics(
         count=jnp.array([(num_samples + 1) // 2, num_samples // 2], h.dtype),
-        **sums._asdict(),
+        **vars(sums),
         weight_prev=jnp.zeros((b.shape[-1], 1), h.dtype),
         weight=jnp.zeros((h.shape[-1] + bias, v.shape[-1]), h.dtype),
         width=jnp.zeros((), jnp.int32),

@@ -1,5 +1,6 @@
 """From captured arrays to the record of sums of one site."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,9 +26,9 @@ from tinyjax.statistics.averages import moments
 from tinyjax.statistics.convolution.image_sums import Projection, conv_sums
 from tinyjax.statistics.dense import halves, row_sums, tangent_sums, with_constant
 from tinyjax.statistics.query_key import score_sums
-from tinyjax.statistics.record import LINEAR, Statistics
+from tinyjax.statistics.record import Statistics
 from tinyjax.statistics.residual_stream import side_by_side
-from tinyjax.statistics.sums import Sums
+from tinyjax.statistics.sums import Sums, negated
 
 
 def site_sums(
@@ -62,10 +63,11 @@ def site_sums(
     slopes = [path.slope() if path.tangent is None else path.tangent.sign for path in paths]
     parts = [_path_sums(site, path, captured, *options) for path in paths]
     # What is carried along a tangent has its sign.
-    parts = [x if path.tangent is not None else _rising(x, s) for x, path, s in zip(parts, paths, slopes)]
-    grams, reads = None, None
+    falls = [path.tangent is None and slope is not None and slope < 0 for path, slope in zip(paths, slopes)]
+    parts = [negated(sums) if falling else sums for sums, falling in zip(parts, falls)]
+    reads = None
     if site.stream is not None:
-        total, grams, reads = side_by_side(parts)
+        total, reads = side_by_side(parts)
         parts = [total]
     if len(parts) > 1 and any(part.link is None for part in parts):
         raise ValueError(f"site `{site.name}` is too wide for a kernel that is used {len(parts)} times")
@@ -78,7 +80,7 @@ def site_sums(
     dtype = total.energy.dtype
     return Statistics(
         count=jnp.broadcast_to(_counts(num_samples, dtype), (*site.stack, 2)),
-        **total._asdict(),
+        **vars(total),
         weight_prev=weight_prev.astype(dtype),
         weight=weight.astype(dtype),
         width=jnp.broadcast_to(width(params, site), site.stack),
@@ -87,22 +89,10 @@ def site_sums(
         gates=gates,
         heads=heads_of(site),
         shares=shares,
-        grams=grams,
         reads=reads,
         normed=site.stream is not None and site.stream.normed,
         slope=slopes[0] if len(set(slopes)) == 1 else None,
     )
-
-
-def _rising(sums: Sums, slope: float | None) -> Sums:
-    """The sums with the sign of the slope in b_prev: N~ and P are linear in it, S is even."""
-    if slope is None or slope >= 0:
-        return sums
-    null = sums.null
-    if null is not None:
-        null = null._replace(cross_prev=-null.cross_prev, link=-null.link)
-    linear = {name: None if (x := getattr(sums, name)) is None else -x for name in LINEAR}
-    return sums._replace(**linear, null=null)
 
 
 def projection(ridge: Ridge, site: Site, params: Params, num_samples: int, gram: Array, cross: Array) -> Projection:
@@ -189,7 +179,8 @@ def _path_sums(
         )
         if shares is None:
             return sums
-        return sums._replace(energy=jnp.sum(halves(v, num_samples) ** 2 / jnp.array(shares, v.dtype), axis=(-2, -1)))
+        energy = jnp.sum(halves(v, num_samples) ** 2 / jnp.array(shares, v.dtype), axis=(-2, -1))
+        return dataclasses.replace(sums, energy=energy)
     geometry = path.geometry
     return conv_sums(
         x.reshape(num_samples, *geometry.space, -1),
@@ -266,7 +257,8 @@ def _in_present_heads(site: Site, path: Path, total: Sums, weight_prev: Array, w
         return total
     assert total.link is not None
     each = kept[..., None]
-    return total._replace(
+    return dataclasses.replace(
+        total,
         gram_prev=jnp.where(each & kept[..., None, :], total.gram_prev, 0),
         cross_prev=jnp.where(each, total.cross_prev, 0),
         link=jnp.where(each if heads is not None else each[..., None], total.link, 0),

@@ -1,12 +1,13 @@
 """The sums of matching rows: arrays in, `Sums` out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.statistics.offsets import cross_at_offsets, energy_at_offsets, gram_at_offsets
-from tinyjax.statistics.record import Null
-from tinyjax.statistics.sums import Sums
+from tinyjax.statistics.sums import Null, Sums
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -71,7 +72,8 @@ def tangent_sums(
         return together
     link, null = together.link, together.null
     assert link is not None
-    return together._replace(
+    return dataclasses.replace(
+        together,
         gram_prev=gram_at_offsets(together.gram_prev, offsets),
         cross_prev=cross_at_offsets(together.cross_prev, offsets),
         link=link.reshape(*link.shape[:-3], offsets, inputs, -1),

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tinyjax.statistics.record import Statistics, _replace_sums
+from tinyjax.statistics.record import Statistics, map_sums
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
@@ -32,7 +32,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
         raise ValueError(
             "third moments of two records cannot be added: they belong to the residual of either's samples"
         )
-    added = _replace_sums(b, lambda name: jax.tree.map(jnp.add, getattr(a, name), getattr(b, name)))
+    added = map_sums(lambda y, x: x + y, b, a)
     return dataclasses.replace(added, ridge=None, ridge_update=None, spectra=None)
 
 
@@ -64,5 +64,5 @@ def merge_over(statistics: Statistics, axis_name: str | tuple[str, ...]) -> Stat
     if statistics.link is None or chosen:
         why = f"chooses its {chosen[0]} anew on every device" if chosen else "is too wide"
         raise ValueError(f"this site {why}, so that its statistics cannot be added: let `jit` shard the batch instead")
-    added = _replace_sums(statistics, lambda name: jax.lax.psum(getattr(statistics, name), axis_name))
+    added = map_sums(lambda x: jax.lax.psum(x, axis_name), statistics)
     return dataclasses.replace(added, ridge=None, ridge_update=None, spectra=None)

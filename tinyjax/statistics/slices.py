@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from tinyjax.core.neurons import Pattern
 from tinyjax.statistics.offsets import cross_at_offsets, energy_at_offsets, gram_at_offsets
-from tinyjax.statistics.record import Statistics, _replace_sums
+from tinyjax.statistics.record import Statistics, map_sums
 from tinyjax.statistics.spectra import Spectra
 
 
@@ -55,13 +55,8 @@ def keep_half(statistics: Statistics, index: int) -> Statistics:
 
 def energy_alone(statistics: Statistics) -> Statistics:
     """The statistics with zeros for all sums but the energy, so that the compiler forms no others."""
-    kept = ("count", "energy")
-
-    def value(name: str) -> Array | None:
-        found = getattr(statistics, name)
-        return found if name in kept else jax.tree.map(jnp.zeros_like, found)
-
-    return _replace_sums(statistics, value)
+    zeros = map_sums(jnp.zeros_like, statistics)
+    return dataclasses.replace(zeros, count=statistics.count, energy=statistics.energy)
 
 
 def keep_halves(statistics: Statistics, kept: Array) -> Statistics:
@@ -76,7 +71,7 @@ def keep_halves(statistics: Statistics, kept: Array) -> Statistics:
     def keep(x: Array) -> Array:
         return jnp.where(kept.reshape(2, *[1] * (x.ndim - 1)), x, 0)
 
-    found = _replace_sums(statistics, lambda name: jax.tree.map(keep, getattr(statistics, name)))
+    found = map_sums(keep, statistics)
     ridges = {name: getattr(found, name) for name in ("ridge", "ridge_update")}
     found = dataclasses.replace(found, **{name: None if r is None else fewer * r for name, r in ridges.items()})
     if found.spectra is None:

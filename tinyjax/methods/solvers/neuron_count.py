@@ -18,7 +18,8 @@ from tinyjax.methods.solvers.ridge import held_out_ridge, ridge_of_update
 from tinyjax.methods.solvers.traits import require_no_stream
 from tinyjax.statistics.averages import Moments, moments
 from tinyjax.statistics.output_metric import orthonormal
-from tinyjax.statistics.record import Null, Statistics
+from tinyjax.statistics.record import Statistics
+from tinyjax.statistics.sums import Null
 
 HowMany = Callable[[Statistics], Array]
 

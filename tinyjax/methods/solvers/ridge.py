@@ -174,7 +174,7 @@ def both_ways(statistics: Statistics, function: Callable[[Moments, Moments], T])
 
     Never by `vmap`: batched LAPACK calls of some size wait for each other for ever on a machine of two cores.
     """
-    halves = [half(statistics, i)._replace(spectrum=None, other=None) for i in (0, 1)]
+    halves = [dataclasses.replace(half(statistics, i), spectrum=None, other=None) for i in (0, 1)]
     first, second = (jax.tree.map(lambda *x: jnp.stack(x), *pair) for pair in (halves, halves[::-1]))
     return jax.lax.map(lambda both: function(*both), (first, second))
 

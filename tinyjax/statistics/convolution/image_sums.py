@@ -17,8 +17,7 @@ from tinyjax.core.linalg import matmul, some_solution
 from tinyjax.core.windows import Window, convolve, num_offsets, patches
 from tinyjax.statistics.convolution.linear_map import _require_shapes
 from tinyjax.statistics.convolution.strategies import ConvPair, Sizes, Way, by_patches, choose, producer_image
-from tinyjax.statistics.record import Null
-from tinyjax.statistics.sums import Sums
+from tinyjax.statistics.sums import Null, Sums
 
 LINK_LIMIT = 2**24  # entries of one half of `link`: 64 MiB in float32
 
