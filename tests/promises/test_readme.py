@@ -1,6 +1,8 @@
-"""The README says what is so: its Python runs from top to bottom, its commands and names exist."""
+"""The README and the pages that go on from it say what is so: their Python runs as one script, their commands exist."""
 
+import contextlib
 import importlib
+import io
 import re
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ from experiments import grow
 from experiments.bench import versus_gromo
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "README.md").read_text()
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("loop", "checkpoints", "devices", "frameworks"))]
+TEXT = "\n".join((ROOT / page).read_text() for page in PAGES)
 
 
 def blocks(language):
@@ -23,12 +26,13 @@ def blocks(language):
 
 @pytest.fixture(scope="module")
 def session():
-    """What the README's code leaves behind, read as one script, with the state after each block."""
+    """What the code leaves behind, read as one script: the names after each block, and what it printed."""
     names = {}
     snapshots = []
     for i, block in enumerate(blocks("python")):
-        exec(compile(block, f"README.md, Python block {i}", "exec"), names)
-        snapshots.append(dict(names))
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(block, f"Python block {i} of the pages", "exec"), names)
+        snapshots.append(names | {"printed": printed.getvalue()})
     return snapshots
 
 
@@ -36,6 +40,14 @@ def after(session, text):
     """The names after the block that holds `text`."""
     (found,) = [names for names, block in zip(session, blocks("python")) if text in block]
     return found
+
+
+def test_the_first_example_grows_as_it_is_shown(session):
+    """When and how wide; the losses of a test are in another precision, so of other draws."""
+    (shown,) = blocks("text")
+    lines = [re.fullmatch(r"(\d+ \{.*\}) (\d\.\d+)", line).groups() for line in session[0]["printed"].splitlines()]
+    assert [growth for growth, _ in lines] == re.findall(r"^(\d+ \{.*\})", shown, re.MULTILINE)
+    assert float(lines[-1][1]) < float(lines[0][1]) / 4
 
 
 @pytest.mark.parametrize(("text", "width"), [("class Net(nn.Module)", 32), ("import equinox", 20)])

@@ -1,6 +1,6 @@
 """Training and growing in one call.
 
-`fit` is the loop that the README spells out: gradient steps on batches, growths when the schedule asks for them, more
+`fit` is the loop of `docs/loop.md`: gradient steps on batches, growths when the schedule asks for them, more
 room when a site is full. It is a generator of records, so logging, plotting, checkpointing and stopping stay with the
 caller.
 """
