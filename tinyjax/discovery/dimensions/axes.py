@@ -10,7 +10,8 @@ from tinyjax.discovery.dimensions.primitive_rules import RULES, reduce_parameter
 from tinyjax.discovery.dimensions.primitives import BETWEEN_ACTIVATIONS, INPUT, REDUCTIONS, SAMPLES, contraction
 from tinyjax.discovery.dimensions.unification import Atom, Axis, mark, root, roots, unify
 from tinyjax.discovery.graph.flattening import body
-from tinyjax.discovery.graph.graph import OWN, VIEWS, Graph, Op, Value
+from tinyjax.discovery.graph.graph import SUMS, VIEWS, Graph, Op, Value
+from tinyjax.discovery.graph.known_functions import KNOWN_FUNCTIONS
 from tinyjax.discovery.graph.liveness import behind_loss
 
 
@@ -69,7 +70,7 @@ class Axes:
     def _apply(self, op: Op) -> None:
         ins = [_fresh(v) if op.name == "scan_carry" and v in self._filled else self[v] for v in op.ins]
         outs = [_fresh(v) for v in op.outs]
-        rule = _through if op.name in OWN else RULES.get(op.name, unknown)
+        rule = _through if op.name in KNOWN_FUNCTIONS else RULES.get(op.name, unknown)
         if op.name in REDUCTIONS and all(self.parameter_only(v) for v in op.ins):
             rule = reduce_parameters  # an L2 penalty ties nothing
         self._of.update(zip(op.outs, rule(op, ins, outs)))
@@ -138,7 +139,7 @@ def _vanishing(op: Op, powers: Sequence[int]) -> int:
         return 2 * powers[0]
     if op.name == "integer_pow":
         return max(op.params["y"], 0) * powers[0]
-    if op.name in ("add", "add_any", "sub"):
+    if op.name in SUMS:
         return min(powers)
     if op.name == "div":
         return powers[0] if powers[1] == 0 else 0

@@ -86,8 +86,8 @@ def _through(folded: Folded, op: Op, ins: list[Form], system: "_System") -> Form
         if not equal:  # one of them has the power 0, and so have all
             return {}
         return {} if op.name in _COMPARED or op.name == "atan2" else seen[0]
-    if op.name in _POWERS or op.name == "integer_pow":
-        return _times(ins[0], _POWERS.get(op.name) or Fraction(op.params["y"]))
+    if (exponent := exponent_of(op)) is not None:
+        return _times(ins[0], exponent)
     if op.name == "pow" and folded.is_constant(op.ins[1]) and not ins[1]:
         exponent = folded.value(op.ins[1])
         if exponent is not None and np.ndim(exponent) == 0:
@@ -96,6 +96,11 @@ def _through(folded: Folded, op: Op, ins: list[Form], system: "_System") -> Form
         for form in ins:
             system.require(form)
     return {}
+
+
+def exponent_of(op: Op) -> Fraction | None:
+    """The power that an operation raises its operand to, None where it is no power."""
+    return Fraction(op.params["y"]) if op.name == "integer_pow" else _POWERS.get(op.name)
 
 
 def _has_no_unit(folded: Folded, value: Value) -> bool:

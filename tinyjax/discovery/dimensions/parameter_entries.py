@@ -8,7 +8,7 @@ from tinyjax.discovery.graph.graph import Graph, Op, Value
 from tinyjax.discovery.graph.liveness import behind_loss
 
 
-class Meeting(NamedTuple):
+class Entry(NamedTuple):
     """A parameter leaf enters the activations: in which operation, and through which others on its way there."""
 
     op: Op
@@ -32,7 +32,7 @@ def leaves_behind(wiring: DefUse, axes: Axes, value: Value) -> dict[int, frozens
     return found
 
 
-def entries(graph: Graph, axes: Axes, wiring: DefUse) -> dict[int, list[Meeting]]:
+def entries(graph: Graph, axes: Axes, wiring: DefUse) -> dict[int, list[Entry]]:
     """For every leaf, where a tensor made of parameters alone first meets one that is not, on the way to the loss.
 
     Scalars are left out: a penalty is added to the loss and moves no activation.
@@ -43,5 +43,5 @@ def entries(graph: Graph, axes: Axes, wiring: DefUse) -> dict[int, list[Meeting]
             continue
         for value in op.ins:
             for leaf, through in leaves_behind(wiring, axes, value).items():
-                found.setdefault(leaf, []).append(Meeting(op, through))
+                found.setdefault(leaf, []).append(Entry(op, through))
     return found

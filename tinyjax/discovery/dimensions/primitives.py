@@ -4,7 +4,9 @@ import math
 from typing import NamedTuple
 
 from tinyjax.discovery.dimensions.unification import Atom, Axis, roots
+from tinyjax.discovery.graph.def_use import is_layout
 from tinyjax.discovery.graph.graph import Op
+from tinyjax.discovery.graph.known_functions import UNIT_DROPOUT
 
 ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil
@@ -19,8 +21,8 @@ REDUCTIONS = frozenset(
 )
 RANDOM = frozenset(
     """random_bits random_seed random_fold_in random_split random_clone random_wrap random_unwrap random_gamma
-    threefry2x32 rng_bit_generator rng_uniform tinyjax_unit_dropout""".split()
-)
+    threefry2x32 rng_bit_generator rng_uniform""".split()
+) | {UNIT_DROPOUT}
 # These keep the rank and leave every axis alone but the ones they work along.
 ALONG = frozenset(
     "cumsum cumprod cummax cummin cumlogsumexp rev sort slice split dynamic_slice dynamic_update_slice pad".split()
@@ -31,6 +33,11 @@ JOINED = "it is a concatenation"
 SAMPLES = "it counts the samples of the batch"
 SHARED_HEADS = "it counts queries that share a head of keys: no whole one is added, its dimensions can grow"
 BETWEEN_ACTIVATIONS = "it pairs two activations"
+
+
+def is_elementwise(op: Op) -> bool:
+    """Whether every entry of the results is made from the entries at the same place, or copied to several."""
+    return op.name in ELEMENTWISE or op.name == "scan_out" or is_layout(op)
 
 
 class Contraction(NamedTuple):

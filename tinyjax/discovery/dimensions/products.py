@@ -15,7 +15,7 @@ from tinyjax.discovery.dimensions.axes import Axes
 from tinyjax.discovery.dimensions.primitives import contraction
 from tinyjax.discovery.dimensions.unification import Atom, Axis, parts, root
 from tinyjax.discovery.graph.def_use import DefUse, is_view
-from tinyjax.discovery.graph.graph import MATMULS, Graph, Op, Value
+from tinyjax.discovery.graph.graph import ADDITIONS, MATMULS, Graph, Op, Value
 
 
 @dataclasses.dataclass(eq=False, frozen=True)
@@ -242,7 +242,7 @@ def _bias(
         if is_view(user) and user.name != "scan_in":
             value = user.outs[0]
             continue
-        if user.name not in ("add", "add_any") or user.ins[0] is user.ins[1]:
+        if user.name not in ADDITIONS or user.ins[0] is user.ins[1]:
             break
         found = wiring.vector(user.ins[1] if user.ins[0] is value else user.ins[0])
         if found is None or found[0].depth != depth:

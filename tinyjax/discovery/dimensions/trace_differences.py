@@ -19,7 +19,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from tinyjax.core.jaxprs import open_jaxpr
 from tinyjax.discovery.dimensions.constant_folding import at_numbers
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE, RANDOM
-from tinyjax.discovery.graph.graph import OWN, VIEWS, Graph, Op, Value
+from tinyjax.discovery.graph.graph import VIEWS, Graph, Op, Value
+from tinyjax.discovery.graph.known_functions import KNOWN_FUNCTIONS
 from tinyjax.discovery.graph.liveness import behind_loss
 
 LARGEST = 2**22
@@ -89,7 +90,7 @@ class Folded:
         for op in graph.ops:
             if not any(v in needed for v in op.outs):
                 continue
-            if op.eqn is not None and op.name not in OWN and all(self.is_constant(v) for v in op.ins):
+            if op.eqn is not None and op.name not in KNOWN_FUNCTIONS and all(self.is_constant(v) for v in op.ins):
                 params = tuple(sorted((name, repr(value)) for name, value in op.params.items()))
                 for i, out in enumerate(op.outs):
                     alike = op.name, params, i, out.shape, *(self._class_of(v) for v in op.ins)
@@ -271,7 +272,7 @@ def _own_changes(a: Op, b: Op) -> Iterator[tuple[float | None, str]]:
         yield None, f"random numbers of shape {list(a.outs[0].shape)} (another shape draws others)"
     if a.name == "scan_carry" and a.stack != b.stack:
         yield None, f"the number of turns of a loop, {a.stack[-1] if a.stack else b.stack}"
-    if a.eqn is not None and a.name not in OWN:
+    if a.eqn is not None and a.name not in KNOWN_FUNCTIONS:
         for x, y in itertools.zip_longest(_inner_numbers(a.params), _inner_numbers(b.params)):
             if x != y:
                 yield None, f"the number {x} inside `{a.name}`"

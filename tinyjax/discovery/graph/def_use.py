@@ -54,7 +54,7 @@ class DefUse:
             self._note_views(op)
 
     def _note_views(self, op: Op) -> None:
-        if not (is_view(op) or op.name == "broadcast_in_dim"):
+        if not is_layout(op):
             return
         source, out = op.ins[0], op.outs[0]
         if is_view(op) and source in self.views:
@@ -122,6 +122,11 @@ def is_view(op: Op) -> bool:
     if op.name == "broadcast_in_dim":
         return _size(op.ins[0]) == _size(op.outs[0])
     return op.name in VIEWS and len(op.outs) == 1
+
+
+def is_layout(op: Op) -> bool:
+    """Whether an operation only renames, rearranges or repeats the entries of its operand."""
+    return op.name == "broadcast_in_dim" or is_view(op)
 
 
 def _size(value: Value) -> int:

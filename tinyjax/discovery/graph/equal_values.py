@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tinyjax.discovery.graph.graph import OWN, Graph, Op, Value
+from tinyjax.discovery.graph.graph import Graph, Op, Value
+from tinyjax.discovery.graph.known_functions import KNOWN_FUNCTIONS
 
 # A view whose result has the shape and dtype of its operand is the operand.
 _RENAMING = frozenset(
@@ -14,7 +15,7 @@ _RENAMING = frozenset(
     broadcast_in_dim concatenate pvary""".split()
 )
 # What belongs to its scan, or is known by more than its operands.
-_APART = OWN | {"scan_carry", "scan_in", "scan_out", "cond_out", "while", "iota"}
+_APART = KNOWN_FUNCTIONS | {"scan_carry", "scan_in", "scan_out", "cond_out", "while", "iota"}
 # The number that changes nothing, and as which operands it does.
 _NEUTRAL = {"add": (0, (0, 1)), "sub": (0, (1,)), "mul": (1, (0, 1)), "div": (1, (1,))}
 

@@ -11,7 +11,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from tinyjax.core.jaxprs import CUSTOM, JIT, REMAT, open_jaxpr, subjaxpr
 from tinyjax.discovery.graph.equal_values import merged
-from tinyjax.discovery.graph.graph import OWN, Graph, Op, Scan, Value
+from tinyjax.discovery.graph.graph import Graph, Op, Scan, Value
+from tinyjax.discovery.graph.known_functions import KNOWN_FUNCTIONS
 from tinyjax.discovery.graph.liveness import alive
 from tinyjax.discovery.graph.tracing import Trace
 
@@ -105,7 +106,7 @@ def _inline(
         at, name = (*path, i), eqn.primitive.name
         args = [read(v) for v in eqn.invars]
         here = derived or "jvp(" in str(eqn.source_info.name_stack)
-        if name in JIT and eqn.params.get("name") in OWN:
+        if name in JIT and eqn.params.get("name") in KNOWN_FUNCTIONS:
             outs = [_result(v) for v in eqn.outvars]
             ops.append(Op(eqn.params["name"], tuple(args), tuple(outs), eqn, at, scans, inside))
         elif name in JIT | REMAT | CUSTOM:

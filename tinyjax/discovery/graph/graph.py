@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import JaxprEqn
 
-# Jitted functions of `tinyjax.models` that stay one operation each: what they do to a slot is known by their name.
-OWN = frozenset({"tinyjax_centred", "tinyjax_inverse_rms", "tinyjax_unit_dropout", "tinyjax_group_norm"})
 MATMULS = frozenset({"dot_general", "conv_general_dilated"})
 # Operations that only rename or rearrange entries: what they return is the same tensor.
 VIEWS = frozenset(
     """reshape transpose squeeze convert_element_type copy copy_p sharding_constraint optimization_barrier name
     scan_in""".split()
 )
+ADDITIONS = frozenset({"add", "add_any"})
+SUMS = ADDITIONS | {"sub"}
 
 
 @dataclasses.dataclass(eq=False, frozen=True)

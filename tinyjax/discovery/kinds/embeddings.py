@@ -9,8 +9,8 @@ from tinyjax.discovery.dimensions.dimensions import Dimensions
 from tinyjax.discovery.dimensions.primitive_rules import whole_in_gather
 from tinyjax.discovery.dimensions.products import Product, array_layout, leaf_layout
 from tinyjax.discovery.dimensions.unification import Atom, parts, root, roots
-from tinyjax.discovery.graph.graph import Op
-from tinyjax.discovery.paths.dataflow import Flow
+from tinyjax.discovery.graph.graph import ADDITIONS, Op
+from tinyjax.discovery.paths.flow import Flow
 from tinyjax.discovery.paths.refusals import CannotGrow
 
 
@@ -77,9 +77,9 @@ def _added(
 ) -> list[tuple[Product, tuple[int, ...] | None]]:
     """Leaves added to the stream (position embeddings, vectors): the addition as a use, and which row goes where."""
     positions = []
-    for leaf, meetings in flow.met.items():
+    for leaf, entries in flow.vectors.entries.items():
         atoms, _, _ = model.factors[leaf]
-        (op, _), *more = meetings
+        (op, _), *more = entries
         if found.get(leaf) != "shift" or model.names[leaf] in biases:
             continue
         (out,) = op.outs
@@ -87,7 +87,7 @@ def _added(
         rows = tuple(a for a in atoms if a is not None and root(a) is not dimension)
         cols = tuple(a for a in atoms if a is not None and root(a) is dimension)
         kernel = leaf_layout(model.axes, model.graph.params[leaf], model.names[leaf], 0, rows, cols)
-        if more or op.name not in ("add", "add_any") or kernel is None or len(cols) != 1 or op.inside or op.scans:
+        if more or op.name not in ADDITIONS or kernel is None or len(cols) != 1 or op.inside or op.scans:
             raise CannotGrow(f"`{model.names[leaf]}` is added to it in a way that cannot be followed")
         others = tuple(d for d in range(len(out.shape)) if d not in slots)
         use = _as_use(model, op, 0, kernel, others, slots, Layout("", (), ()), ())

@@ -15,7 +15,8 @@ from tinyjax.discovery.dimensions.unification import Atom
 from tinyjax.discovery.graph.def_use import DefUse
 from tinyjax.discovery.graph.graph import Op, Value
 from tinyjax.discovery.paths.activations import activation_between
-from tinyjax.discovery.paths.dataflow import ROW_BY_ROW, Flow
+from tinyjax.discovery.paths.flow import Flow, follow_product
+from tinyjax.discovery.paths.kept_rows import ROW_BY_ROW
 from tinyjax.discovery.paths.refusals import CannotGrow as NotElementwise
 from tinyjax.discovery.paths.refusals import CannotGrow as Ungated
 
@@ -48,33 +49,33 @@ def pair_up(axes: Axes, wiring: DefUse, producers: Sequence[Product], dimension:
     Raises:
         Ungated: with the reason.
     """
-    flows = [Flow(axes, wiring, use, dimension) for use in producers]
+    flows = [follow_product(axes, wiring, use, dimension) for use in producers]
     follows: dict[Value, list[int]] = {}
     for i, flow in enumerate(flows):
-        for value in flow.mixing:
+        for value in flow.values:
             follows.setdefault(value, []).append(i)
     pairs, left = [], dict.fromkeys(range(len(producers)))
     while left:
         first = next(iter(left))
         del left[first]
         near = {i for op in flows[first].ops for v in op.ins for i in follows.get(v, ())}
-        meetings = {second: _meeting(flows[first], flows[second]) for second in sorted(near & left.keys())}
-        partners = [second for second, op in meetings.items() if op is not None]
+        joins = {second: _first_joint(flows[first], flows[second]) for second in sorted(near & left.keys())}
+        partners = [second for second, op in joins.items() if op is not None]
         if len(partners) != 1 or producers[first].leaf == producers[partners[0]].leaf:
             raise Ungated("2 producers, which do not meet pair by pair")
         (second,) = partners
         del left[second]
-        pairs.append(_ordered(wiring, meetings[second], *((producers[i], flows[i]) for i in (first, second))))
+        pairs.append(_ordered(wiring, joins[second], *((producers[i], flows[i]) for i in (first, second))))
     if len({use.leaf for use, _ in pairs}) > 1:
         raise Ungated("2 producers, each of which gates the other")
     return pairs
 
 
-def _meeting(a: Flow, b: Flow) -> Op | None:
+def _first_joint(a: Flow, b: Flow) -> Op | None:
     """The first operation in which two products meet."""
     for op in a.ops:
-        if any(v in a.mixing and v not in b.mixing for v in op.ins) and any(
-            v in b.mixing and v not in a.mixing for v in op.ins
+        if any(v in a.values and v not in b.values for v in op.ins) and any(
+            v in b.values and v not in a.values for v in op.ins
         ):
             return op
     return None
@@ -89,17 +90,17 @@ def _ordered(
         raise Ungated(f"2 producers, which meet in `{op.name}`")
     sides = []
     for use, flow in (one, other):
-        (value,) = (v for v in op.ins if v in flow.mixing)
-        if flow.mixing[value] != ROW_BY_ROW:
-            raise Ungated(f"2 producers of a gated unit; of `{use.leaf}`: {flow.mixing[value]}")
-        if flow.pools[value] or flow.weights[value] or flow.modulated or flow.counted:
+        (value,) = (v for v in op.ins if v in flow.values)
+        if flow.rows.mixing[value] != ROW_BY_ROW:
+            raise Ungated(f"2 producers of a gated unit; of `{use.leaf}`: {flow.rows.mixing[value]}")
+        if flow.poolings.before[value] or flow.factors.of[value] or flow.rows.modulated or flow.vectors.counted:
             raise Ungated(f"2 producers of a gated unit, and more than an activation behind `{use.leaf}`")
-        silent = (empty := flow.empty.get(value)) is not None and float(empty) == 0
-        sides.append(((not silent, flow.degree.get(value) != 1), use, flow, value))
+        silent = (empty := flow.empty.at.get(value)) is not None and float(empty) == 0
+        sides.append(((not silent, flow.degrees.of.get(value) != 1), use, flow, value))
     if all(side[0][0] for side in sides):
         raise Ungated("an empty neuron is not silent: neither factor of the gated unit is 0 at 0")
     (_, up, _, _), (_, gate, flow, value) = sides if sides[0][0] <= sides[1][0] else sides[::-1]
-    _require_single_meeting(op, one[1], other[1])
+    _require_single_joint(op, one[1], other[1])
     try:
         activation = activation_between(wiring, gate, value)
     except NotElementwise as reason:
@@ -107,9 +108,9 @@ def _ordered(
     return up, Gate(gate, flow, value, activation)
 
 
-def _require_single_meeting(meeting: Op, a: Flow, b: Flow) -> None:
+def _require_single_joint(joint: Op, a: Flow, b: Flow) -> None:
     """The two flows must become one through the multiplication alone."""
     for op in a.ops:  # an operation that makes a value of both reads one of `a`
-        one_sided = any((v in a.mixing) != (v in b.mixing) for v in op.ins)
-        if one_sided and op is not meeting and any(v in a.mixing and v in b.mixing for v in op.outs):
+        one_sided = any((v in a.values) != (v in b.values) for v in op.ins)
+        if one_sided and op is not joint and any(v in a.values and v in b.values for v in op.outs):
             raise Ungated(f"2 producers, which meet again in `{op.name}`")

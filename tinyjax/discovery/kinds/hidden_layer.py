@@ -15,8 +15,9 @@ from tinyjax.discovery.kinds.attention_scores import is_shared
 from tinyjax.discovery.kinds.gated_units import Gate, pair_up
 from tinyjax.discovery.paths.activations import activation_between
 from tinyjax.discovery.paths.batch_norm import find_norm, roles
-from tinyjax.discovery.paths.dataflow import ROW_BY_ROW, Flow
+from tinyjax.discovery.paths.flow import Flow, follow_product
 from tinyjax.discovery.paths.image_geometry import is_rowwise, lay_out
+from tinyjax.discovery.paths.kept_rows import ROW_BY_ROW
 from tinyjax.discovery.paths.path import Path, Verdict, readers
 from tinyjax.discovery.paths.refusals import CannotGrow
 from tinyjax.discovery.paths.refusals import CannotGrow as NotElementwise
@@ -81,32 +82,33 @@ def find_layer(
     flows = []
     for producer, gate in pairs:
         gates = frozenset() if gate is None else frozenset({gate.value})
-        flows.append(Flow(model.axes, model.wiring, producer, dimension, gates))
+        flows.append(follow_product(model.axes, model.wiring, producer, dimension, gates))
     reason = _joint_reason(model, producers, consumers, flows)
     if reason:
         return Verdict(reason)
     for (producer, gate), flow in zip(pairs, flows):
-        mine = tuple(consumers[i] for i in sorted(i for v in flow.mixing for i in read.get(v, ())))
+        mine = tuple(consumers[i] for i in sorted(i for v in flow.values for i in read.get(v, ())))
         if sorted(c.leaf for c in mine) != wanted:
             return Verdict("its consumers do not each read the output of one producer operation once")
-        reason = _row_reason(model, producer, mine, flow) or _meeting_reason(model, flow, kernel_leaves)
+        reason = _row_reason(model, producer, mine, flow) or _vector_reason(model, flow, kernel_leaves)
         if reason:
             return Verdict(reason)
         found |= roles(flow)
-        accounted |= {meetings[0].op for meetings in flow.met.values()}
-        accounted |= {op for ops in flow.counted.values() for op in ops}
+        accounted |= {entries[0].op for entries in flow.vectors.entries.values()}
+        accounted |= {op for ops in flow.vectors.counted.values() for op in ops}
         if gate is not None:
-            biases = {leaf: met for leaf, met in gate.flow.met.items() if leaf not in flow.met}
+            theirs, ours = gate.flow.vectors.entries, flow.vectors.entries
+            biases = {leaf: entries for leaf, entries in theirs.items() if leaf not in ours}
             found |= dict.fromkeys(biases, "shift")
-            accounted |= {meetings[0].op for meetings in biases.values()}
+            accounted |= {entries[0].op for entries in biases.values()}
         bias = None if producer.bias is None else producer.bias.leaf
         norm, reason = find_norm(flow, model.wiring, model.axes, found, model.names, bias, dimension.size)
-        mixed = any(flow.mixing[c.input_value] != ROW_BY_ROW for c in mine) or len(producer.kernel.cols) != 1
+        mixed = any(flow.rows.mixing[c.input_value] != ROW_BY_ROW for c in mine) or len(producer.kernel.cols) != 1
         if norm is not None and mixed:
             reason = "a batch normalisation where rows are mixed"
         if norm is not None and (len(producers) > 1 or producer.op.stack):
             reason = "a batch normalisation inside a scan, behind a gate or a kernel that is used more than once"
-        if norm is not None and mine and flow.weights[mine[0].input_value]:
+        if norm is not None and mine and flow.factors.of[mine[0].input_value]:
             reason = "its rows are weighted one by one before or after a batch normalisation"
         if reason:
             return Verdict(reason)
@@ -157,11 +159,11 @@ def _path(
 ) -> Path:
     """The uses of a path with their rows in one order."""
     read = consumers[0].input_value
-    if flow.mixing[read] != ROW_BY_ROW or len(producer.kernel.cols) != 1:
+    if flow.rows.mixing[read] != ROW_BY_ROW or len(producer.kernel.cols) != 1:
         if gate is not None:
-            raise CannotGrow(flow.mixing[read] or f"`{producer.leaf}` produces it together with another axis")
+            raise CannotGrow(flow.rows.mixing[read] or f"`{producer.leaf}` produces it together with another axis")
         return _mixed_path(model, producer, consumers, flow, dimension)
-    pools, weights = flow.pools[read], flow.weights[read]
+    pools, weights = flow.poolings.before[read], flow.factors.of[read]
     slope = partial(slope_at_empty, model.wiring, flow, producer.op.outs[0], read)
     if is_rowwise(producer, consumers, pools):
         for use in consumers:
@@ -199,7 +201,7 @@ def _mixed_path(
 ) -> Path:
     """A path along which rows are mixed, in the rows of the consumers."""
     if producer.window is not None or any(c.window is not None for c in consumers):
-        raise CannotGrow(flow.mixing[consumers[0].input_value] or f"`{producer.leaf}` produces it in groups")
+        raise CannotGrow(flow.rows.mixing[consumers[0].input_value] or f"`{producer.leaf}` produces it in groups")
     order = [*model.axes.sample_atoms(), *(a for a in consumers[0].rows if a is not None)]
     if any({root(a) for a in c.rows if a is not None} != {root(a) for a in order} for c in consumers):
         raise CannotGrow("its consumers read it in different rows")
@@ -208,14 +210,14 @@ def _mixed_path(
     return Path(producer, read, tangent=tangent)
 
 
-def _meeting_reason(model: Dimensions, flow: Flow, kernels: set[str]) -> str:
-    """Why a leaf that the flow met makes the dimension other than a plain hidden layer."""
+def _vector_reason(model: Dimensions, flow: Flow, kernels: set[str]) -> str:
+    """Why a leaf that acts on it slot by slot makes the dimension other than a plain hidden layer."""
     if flow.refusal:
         return flow.refusal
-    for leaf, meetings in flow.met.items():
+    for leaf, entries in flow.vectors.entries.items():
         if model.names[leaf] in kernels:
-            return f"`{model.names[leaf]}` also enters the model through `{meetings[0].op.name}`"
-        if len(meetings) > 1 or leaf in flow.counted:
+            return f"`{model.names[leaf]}` also enters the model through `{entries[0].op.name}`"
+        if len(entries) > 1 or leaf in flow.vectors.counted:
             return f"`{model.names[leaf]}` acts on it more than once"
     return ""
 
@@ -224,12 +226,12 @@ def _joint_reason(
     model: Dimensions, producers: Sequence[Product], consumers: Sequence[Product], flows: Sequence[Flow]
 ) -> str:
     """Why no neuron can be computed for a consumer that several products reach: its rows would have to be joined."""
-    reached = Counter(value for flow in flows for value in flow.mixing)
+    reached = Counter(value for flow in flows for value in flow.values)
     for consumer in consumers:
         if reached[consumer.input_value] < 2:
             continue
-        one, other = [flow for flow in flows if consumer.input_value in flow.mixing][:2]
-        first, second = one.mixing, other.mixing
+        one, other = [flow for flow in flows if consumer.input_value in flow.values][:2]
+        first, second = one.values, other.values
         meet = (op for op in one.ops if {v in first for v in op.ins if v in first or v in second} == {True, False})
         name = next((op.name for op in meet if any(v in first for v in op.outs)), "add")
         return f"`{consumer.leaf}` reads two products of `{producers[0].leaf}` at once, which meet in `{name}`"
@@ -253,16 +255,16 @@ def _row_reason(model: Dimensions, producer: Product, consumers: Sequence[Produc
         if not same_scans or len(producer.kernel.stack) != len(consumer.kernel.stack):
             return f"`{consumer.leaf}` reads it in another scan than `{producer.leaf}` writes it"
         rows = [root(a) for a in consumer.rows if a is not None]
-        mixed = flow.mixing[consumer.input_value]
+        mixed = flow.rows.mixing[consumer.input_value]
         if len(set(rows)) != len(rows):
             return mixed or f"`{consumer.leaf}` reads rows that cannot be told apart"
         if not {*model.axes.sample_atoms()} <= {*rows}:
             return mixed or _other_rows(model, consumer)
-        unsilent_op = flow.unsilent_op.get(consumer.input_value)
+        unsilent_op = flow.empty.unsilent_op.get(consumer.input_value)
         if unsilent_op is not None and mixed:
             return mixed
         if unsilent_op is not None:
-            value = flow.empty.get(consumer.input_value)
+            value = flow.empty.at.get(consumer.input_value)
             arrives = "something unknown" if value is None else f"{float(value):.3g}"
             return f"an empty neuron is not silent: `{unsilent_op}` maps 0 to {arrives} (use sigma(x) - sigma(0))"
     return ""

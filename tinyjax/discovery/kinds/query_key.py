@@ -17,9 +17,9 @@ from tinyjax.discovery.dimensions.primitives import BETWEEN_ACTIVATIONS, has_vie
 from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom, root
 from tinyjax.discovery.graph.def_use import is_view
-from tinyjax.discovery.graph.graph import VIEWS, Op
+from tinyjax.discovery.graph.graph import ADDITIONS, VIEWS, Op
 from tinyjax.discovery.kinds.attention_scores import HEAD, NORMED, QUERY_HEAD, SAMPLE, TOKEN, ScoreLayouts
-from tinyjax.discovery.paths.dataflow import Flow
+from tinyjax.discovery.paths.flow import follow_product
 from tinyjax.discovery.paths.mixing import is_norm
 from tinyjax.discovery.paths.path import Path, QueryKey, Verdict
 from tinyjax.discovery.paths.refusals import CannotGrow
@@ -52,8 +52,8 @@ def find_pair(
     for use in producers:
         if use.refusal:
             raise CannotGrow(use.refusal)
-    flows = [Flow(model.axes, model.wiring, use, dimension) for use in producers]
-    sides = [next((i for i, v in enumerate(op.ins) if v in flow.mixing), None) for flow in flows]
+    flows = [follow_product(model.axes, model.wiring, use, dimension) for use in producers]
+    sides = [next((i for i, v in enumerate(op.ins) if v in flow.values), None) for flow in flows]
     if sorted(map(str, sides)) != ["0", "1"] or op.inside:
         raise CannotGrow("its scores are not the product of one query and one key")
     marks = [why for why in dimension.marks if why != BETWEEN_ACTIVATIONS]
@@ -101,9 +101,9 @@ def find_pair(
             (key_flow, key, key_side, layouts.keys),
         )
     )
-    met = {leaf: found for flow in flows for leaf, found in flow.met.items()}
-    for leaf, found in met.items():
-        if len(found) > 1 or found[0].op.name not in ("add", "add_any") or found[0].through - _LAYOUT:
+    entries = {leaf: found for flow in flows for leaf, found in flow.vectors.entries.items()}
+    for leaf, found in entries.items():
+        if len(found) > 1 or found[0].op.name not in ADDITIONS or found[0].through - _LAYOUT:
             acts = f"`{model.names[leaf]}` acts on queries or keys by `{found[0].op.name}`"
             raise CannotGrow(f"{acts}")
 
@@ -113,8 +113,8 @@ def find_pair(
     )
     power = _power(model, op, (*queries.ops, *keys.ops), dimension.size)
     pair = QueryKey(_as_fan_out(key, dimension), key, queries, keys, pair_sizes, repeated, attention, power)
-    seen = {query.op, key.op, *(found[0].op for found in met.values())}
-    return _as_fan_in(query, dimension, shared), scores, pair, dict.fromkeys(met, "shift"), seen
+    seen = {query.op, key.op, *(found[0].op for found in entries.values())}
+    return _as_fan_in(query, dimension, shared), scores, pair, dict.fromkeys(entries, "shift"), seen
 
 
 def _power(model: Dimensions, op: Op, before: Sequence[Op], capacity: int) -> float:

@@ -16,7 +16,7 @@ from tinyjax.discovery.dimensions.dimensions import Dimensions
 from tinyjax.discovery.dimensions.products import Product, leaf_factors
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
 from tinyjax.discovery.graph.def_use import is_view
-from tinyjax.discovery.graph.graph import Op, Scan, Value
+from tinyjax.discovery.graph.graph import ADDITIONS, Op, Scan, Value
 from tinyjax.discovery.kinds.recurrent_states import Along, Held, States
 from tinyjax.discovery.paths.path import NONE, Cell, Path, Verdict, readers
 from tinyjax.discovery.paths.refusals import CannotGrow
@@ -122,7 +122,7 @@ def _sums(model: Dimensions, dimension: Atom, producers: Sequence[Product]) -> l
         on_the_way.add(value)
         while len(users := wiring.used_by.get(value, [])) == 1:
             (user,) = users
-            if user.name in ("add", "add_any"):
+            if user.name in ADDITIONS:
                 added[user] = None
             elif not is_view(user):
                 break

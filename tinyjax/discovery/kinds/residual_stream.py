@@ -16,11 +16,11 @@ from tinyjax.discovery.dimensions.dimensions import Dimensions
 from tinyjax.discovery.dimensions.primitives import BETWEEN_ACTIVATIONS
 from tinyjax.discovery.dimensions.products import Product, aligned
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
-from tinyjax.discovery.graph.graph import MATMULS, Op, Value
+from tinyjax.discovery.graph.graph import MATMULS, SUMS, Op, Value
 from tinyjax.discovery.kinds.embeddings import _added, _lookups, num_inputs
 from tinyjax.discovery.kinds.rms_norm import _is_behind_norm, _norms, _powers
 from tinyjax.discovery.paths.batch_norm import roles
-from tinyjax.discovery.paths.dataflow import Flow
+from tinyjax.discovery.paths.flow import Flow, follow_product
 from tinyjax.discovery.paths.path import Branch, Path, Tangent, Verdict, readers
 from tinyjax.discovery.paths.refusals import CannotGrow
 from tinyjax.discovery.paths.slot_paths import between, follow, slot_path
@@ -81,7 +81,7 @@ def sums_along(model: Dimensions, dimension: Atom) -> list[Op]:
     return [
         op
         for op in model.graph.ops
-        if op.name in ("add", "add_any", "sub")
+        if op.name in SUMS
         and not any(model.axes.parameter_only(v) or v in model.graph.batch for v in op.ins)
         and all(any(dimension in roots(axis) for axis in model.axes[v]) for v in op.ins)
     ]
@@ -109,7 +109,7 @@ def find_stream(model: Dimensions, dimension: Atom) -> Found:
     writers.sort(key=lambda use: model.order[use.op])
     _require_plain(writers, consumers)
     starts = [use.op.outs[0] for use in writers]
-    flow = Flow(model.axes, model.wiring, writers[0], dimension, frozenset(), starts[1:])
+    flow = follow_product(model.axes, model.wiring, writers[0], dimension, others=starts[1:])
     if flow.refusal:
         raise CannotGrow(flow.refusal)
     divided = _norms(model, flow, dimension, consumers)
@@ -166,7 +166,8 @@ def _require_accounted(
     model: Dimensions, flow: Flow, dimension: Atom, found: dict[int, str], kernels: Sequence[Product]
 ) -> None:
     """Raises unless every leaf along the dimension is a kernel, a shift or a scale, and enters nowhere else."""
-    accounted = {use.op for use in kernels} | {meetings[0].op for meetings in flow.met.values()} | flow.beside
+    accounted = {use.op for use in kernels} | {found[0].op for found in flow.vectors.entries.values()}
+    accounted |= {op for scales in flow.factors.scales.values() for op, _ in scales}
     names = {use.leaf for use in kernels}
     times = Counter(leaf for leaf, _ in model.leaves[dimension])
     for leaf in times:
@@ -180,7 +181,7 @@ def _require_accounted(
             continue
         if found.get(leaf) not in ("shift", "scale"):
             raise CannotGrow(f"`{name}` is neither a plain shift nor a plain scale")
-        if len(flow.met[leaf]) > 1:
+        if len(flow.vectors.entries[leaf]) > 1:
             raise CannotGrow(f"`{name}` acts on it more than once")
         if found[leaf] == "shift" and _is_behind_norm(flow, leaf):
             raise CannotGrow(f"`{name}` is added behind a norm")
@@ -192,12 +193,12 @@ def _grouped(
     """The readers tensor by tensor, rows in one order."""
     groups: dict[Value, list[Product]] = {}
     for use in sorted(consumers, key=lambda use: model.order[use.op]):
-        if flow.mixing.get(use.input_value, "").startswith("its rows are weighted"):
+        if flow.rows.mixing.get(use.input_value, "").startswith("its rows are weighted"):
             where = " (a norm on the stream itself)" if normed else ""
-            raise CannotGrow(f"{flow.mixing[use.input_value]}{where}")
-        if use.input_value not in flow.mixing:
+            raise CannotGrow(f"{flow.rows.mixing[use.input_value]}{where}")
+        if use.input_value not in flow.values:
             raise CannotGrow(f"`{use.leaf}` reads it from something that no writer writes")
-        unsilent_op = flow.unsilent_op.get(use.input_value)
+        unsilent_op = flow.empty.unsilent_op.get(use.input_value)
         if unsilent_op is not None:
             raise CannotGrow(f"an empty coordinate is not silent: `{unsilent_op}` moves it away from 0")
         groups.setdefault(model.wiring.origin(use.input_value), []).append(use)
@@ -232,7 +233,7 @@ def _tangent(
 ) -> Tangent | None:
     """What lies between a writer and a reader; None where the reader comes first."""
     own, read = parts(writer.op.outs[0]), reader.input_value
-    if read not in own.mixing:
+    if read not in own.values:
         return None
     return slot_path(model.axes, model.wiring, own, writer, dimension, read, reader.inputs, {dimension}, model.kernels)
 

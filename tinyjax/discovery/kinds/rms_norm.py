@@ -8,8 +8,9 @@ from tinyjax.discovery.dimensions.primitives import REDUCTIONS
 from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom, roots
 from tinyjax.discovery.graph.def_use import is_view
-from tinyjax.discovery.graph.graph import OWN, Op, Value
-from tinyjax.discovery.paths.dataflow import Flow
+from tinyjax.discovery.graph.graph import Op, Value
+from tinyjax.discovery.graph.known_functions import KNOWN_FUNCTIONS
+from tinyjax.discovery.paths.flow import Flow
 from tinyjax.discovery.paths.mixing import is_taken_off
 from tinyjax.discovery.paths.refusals import CannotGrow
 
@@ -31,12 +32,12 @@ def _norms(model: Dimensions, flow: Flow, dimension: Atom, consumers: Sequence[P
     squared: set[Value] = set()
     divided: set[bool] = set()
     for op in flow.ops:
-        inside = [v for v in op.ins if v in flow.mixing]
+        inside = [v for v in op.ins if v in flow.values]
         if op in reading or not any(v in needed for v in op.outs):
             continue
-        if op.name in OWN:
+        if op.name in KNOWN_FUNCTIONS:
             raise CannotGrow("a norm of `tinyjax.models` counts its coordinates; a plain RMS norm can grow")
-        along = any(v in flow.mixing for v in op.outs)
+        along = any(v in flow.values for v in op.outs)
         if _is_square(op, flow):
             squared.update(op.outs)
         elif any(v in squared for v in inside):
@@ -64,7 +65,7 @@ def _norms(model: Dimensions, flow: Flow, dimension: Atom, consumers: Sequence[P
 
 def _is_square(op: Op, flow: Flow) -> bool:
     """Whether an operation squares the stream."""
-    if op.name not in _SQUARES or op.ins[0] not in flow.mixing:
+    if op.name not in _SQUARES or op.ins[0] not in flow.values:
         return False
     return op.name == "square" or (op.params["y"] == 2 if op.name == "integer_pow" else op.ins[0] is op.ins[1])
 
@@ -92,7 +93,7 @@ def _divides(model: Dimensions, value: Value, size: int) -> bool:
 
 def _is_behind_norm(flow: Flow, leaf: int) -> bool:
     """Whether a vector meets the stream where its rows have been multiplied by a factor of their own."""
-    return bool(flow.weights[flow.met[leaf][0].op.outs[0]])
+    return bool(flow.factors.of[flow.vectors.entries[leaf][0].op.outs[0]])
 
 
 def _powers(
@@ -113,10 +114,10 @@ def _powers(
     powers |= {model.names[leaf]: -0.5 for leaf in scales}
     scaled: Counter[Value] = Counter()
     for leaf in scales:
-        behind = flow.downstream(flow.met[leaf][0].op.outs[0])
-        scaled.update(behind.mixing.keys())
+        behind = flow.downstream(flow.vectors.entries[leaf][0].op.outs[0])
+        scaled.update(behind.values)
         for op in behind.ops:
-            joined = any(v in flow.mixing and v not in behind.mixing for v in op.ins)
+            joined = any(v in flow.values and v not in behind.values for v in op.ins)
             if joined or _is_square(op, flow):
                 raise CannotGrow(f"what `{model.names[leaf]}` scales behind a norm meets the stream or a norm again")
     for group in groups:

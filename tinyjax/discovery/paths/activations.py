@@ -16,7 +16,7 @@ from tinyjax.discovery.dimensions.constant_folding import number_of
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE
 from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.graph.def_use import DefUse, is_view
-from tinyjax.discovery.graph.graph import Op, Value
+from tinyjax.discovery.graph.graph import ADDITIONS, Op, Value
 from tinyjax.discovery.paths.refusals import CannotGrow as NotElementwise
 
 
@@ -49,7 +49,7 @@ def activation_between(wiring: DefUse, use: Product, end: Value) -> Callable[[Ar
             order.append((op, op.ins))
             stack.pop()
             continue
-        if wiring.vector(source) is not None and (use.bias is None or op.name not in ("add", "add_any")):
+        if wiring.vector(source) is not None and (use.bias is None or op.name not in ADDITIONS):
             raise NotElementwise("has parameters of its own besides the bias")
         enter(source)
 

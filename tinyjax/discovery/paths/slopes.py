@@ -14,14 +14,15 @@ import numpy as np
 from tinyjax.discovery.dimensions.constant_folding import at_numbers, number_of
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE
 from tinyjax.discovery.graph.def_use import DefUse, is_view
-from tinyjax.discovery.graph.graph import OWN, Op, Value
-from tinyjax.discovery.paths.dataflow import Flow
+from tinyjax.discovery.graph.graph import SUMS, Op, Value
+from tinyjax.discovery.graph.known_functions import KNOWN_FUNCTIONS
+from tinyjax.discovery.paths.empty_slots import held
+from tinyjax.discovery.paths.flow import Flow
 
 _KEPT = frozenset(
     """broadcast_in_dim scan_in scan_out pad reduce_max reduce_min reduce_window_max slice rev name stop_gradient
     sharding_constraint""".split()
 )
-_SUMS = ("add", "add_any", "sub")
 
 
 def slope_at_empty(wiring: DefUse, flow: Flow, start: Value, end: Value) -> float | None:
@@ -64,7 +65,7 @@ def _carried(wiring: DefUse, flow: Flow, start: Value, end: Value, z: float) -> 
             queue.pop()
             continue
         op = wiring.made_by.get(value)
-        if op is None or value not in flow.mixing or len(op.outs) != 1:
+        if op is None or value not in flow.values or len(op.outs) != 1:
             return None
         inside = _operands(flow, op)
         if missing := [v for v in inside if v not in known]:
@@ -92,29 +93,29 @@ def carried_near(wiring: DefUse, flow: Flow, start: Value, ops: Sequence[Op], si
 
 def _operands(flow: Flow, op: Op) -> list[Value]:
     """The operands to follow: where rows meet a summary of themselves, the rows."""
-    inside = [v for v in op.ins if v in flow.mixing]
-    return [min(inside, key=lambda v: len(flow.pools[v]))] if op in flow.modulated else inside
+    inside = [v for v in op.ins if v in flow.values]
+    return [min(inside, key=lambda v: len(flow.poolings.before[v]))] if op in flow.rows.modulated else inside
 
 
 def _result(wiring: DefUse, flow: Flow, op: Op, inside: list[Value], known: dict[Value, Any]) -> Any:
     """The number that an operation makes of numbers, or None."""
     first = known[inside[0]]
-    if op in flow.modulated:  # centred and normalised: the identity on a newborn
+    if op in flow.rows.modulated:  # centred and normalised: the identity on a newborn
         return -first if op.name == "sub" and op.ins[0] is not inside[0] else first
-    if op.name in OWN or op.name in _KEPT or is_view(op):
+    if op.name in KNOWN_FUNCTIONS or op.name in _KEPT or is_view(op):
         return first
     if op.name == "reduce_sum":
         return first * (math.prod(op.ins[0].shape) / math.prod(op.outs[0].shape))
     if op.name == "reduce_window_sum":
         return first * math.prod(op.params["window_dimensions"])
-    if flow.divides_by_count(op):
-        return first / math.prod(flow.pools[inside[0]][-1].params["window_dimensions"])
-    if op.name == "select_n" and op.ins[0] not in flow.mixing and number_of(wiring, op.ins[0]) is None:
-        which = flow.selected(op)
+    if op in flow.poolings.counts:
+        return first / math.prod(flow.poolings.before[inside[0]][-1].params["window_dimensions"])
+    if op.name == "select_n" and op.ins[0] not in flow.values and number_of(wiring, op.ins[0]) is None:
+        which = flow.along.selected(op)
         return None if which is None else known[op.ins[1 + which]]
     if op.name not in ELEMENTWISE or op.eqn is None:
         return None
-    operands = [known[v] if v in flow.mixing else _outside(wiring, flow, op, v) for v in op.ins]
+    operands = [known[v] if v in flow.values else _outside(wiring, flow, op, v) for v in op.ins]
     return None if any(x is None for x in operands) else at_numbers(op, operands)
 
 
@@ -123,11 +124,11 @@ def _outside(wiring: DefUse, flow: Flow, op: Op, value: Value) -> Any:
     number = number_of(wiring, value)
     if number is not None:
         return number
-    if op.name in _SUMS:
-        return flow.known(value, shifts=True)
+    if op.name in SUMS:
+        return held(flow.along, flow.empty.at, value, shifts=True)
     if op.name not in ("mul", "div"):
         return None
-    if value in flow.gates or flow.is_weight(op, value):
+    if value in flow.along.gates or flow.factors.is_one(op, value, flow.along):
         return 1
     return _newborn(wiring, flow, value)
 
@@ -138,7 +139,7 @@ def _newborn(wiring: DefUse, flow: Flow, value: Value) -> Any:
     if number is not None:
         return number
     if value in wiring.views:
-        return 1.0 if flow.is_vector(value) else None
+        return 1.0 if flow.along.is_vector(value) else None
     op = wiring.made_by.get(value)
     if op is None or not (is_view(op) or op.name == "broadcast_in_dim" or op.name in ELEMENTWISE):
         return None

@@ -16,13 +16,12 @@ from tinyjax.discovery.dimensions.primitives import ELEMENTWISE, contraction
 from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
 from tinyjax.discovery.graph.def_use import DefUse, is_view
-from tinyjax.discovery.graph.graph import Address, Op, Value
-from tinyjax.discovery.paths.dataflow import Flow
+from tinyjax.discovery.graph.graph import SUMS, Address, Op, Value
+from tinyjax.discovery.paths.flow import Flow
 from tinyjax.discovery.paths.path import Tangent
 from tinyjax.discovery.paths.refusals import CannotGrow
 from tinyjax.discovery.paths.slopes import carried_near
 
-_SUMS = ("add", "add_any", "sub")
 _AXES = {"reduce_sum": "axes", "rev": "dimensions", "cumsum": "axis"}  # by which parameter they name their axes
 _ALONG_ROWS = ("dot_general", "reduce_sum", "broadcast_in_dim", "slice", "rev", "cumsum")
 
@@ -85,7 +84,7 @@ def slot_path(
     slot = next(
         f for f, a in enumerate(producer.output_atoms) if f in producer.outputs.cols and a and root(a) is dimension
     )
-    empty = {v: flow.empty[v] for op in ops for v in op.ins if v in flow.mixing}
+    empty = {v: flow.empty.at[v] for op in ops for v in op.ins if v in flow.values}
     start = producer.op.outs[0]
     near = (carried_near(wiring, flow, start, ops, 1), carried_near(wiring, flow, start, ops, -1))
     return Tangent(tuple(ops), taps, factors, scalars, empty, producer, slot, read, layout, near)
@@ -111,23 +110,23 @@ def follow(
     factors: dict[Value, Address] = {}
     for op in ops:
         _require_slotwise(axes, flow, producer.op, op, kept, dimension)
-        if op.name in _SUMS:
+        if op.name in SUMS:
             continue
         for i, value in enumerate(op.ins):
-            if value in flow.mixing:
+            if value in flow.values:
                 continue
             scalar = wiring.scalar(value)
-            if scalar is not None or (op.name in ("mul", "div") and flow.is_vector(value)):
+            if scalar is not None or (op.name in ("mul", "div") and flow.along.is_vector(value)):
                 scalars[value] = 1 if scalar is None else scalar  # the scale of a newborn is 1
                 continue
-            if op.name == "mul" and (scaled := flow.factored(value)) is not None:
+            if op.name == "mul" and (scaled := flow.along.factored(value)) is not None:
                 inner, operand = scaled
                 if not inner.inside and same_along(axes, wiring, inner.ins[operand], dimension):
                     taps[inner.path], factors[value] = operand, inner.path
                     continue
             if op.path in taps or op.inside or op in kernels or not same_along(axes, wiring, value, dimension):
                 why = f"its rows are mixed by `{op.name}` in a way that cannot be followed"
-                raise CannotGrow(flow.mixing[op.outs[0]] or why)
+                raise CannotGrow(flow.rows.mixing[op.outs[0]] or why)
             taps[op.path] = i
     return taps, scalars, factors
 
@@ -139,7 +138,7 @@ def between(wiring: DefUse, flow: Flow, producers: Set[Op], read: Iterable[Value
         op = wiring.made_by.get(queue.pop())
         if op is not None and op not in producers and op not in found:
             found.add(op)
-            queue += [v for v in op.ins if v in flow.mixing]
+            queue += [v for v in op.ins if v in flow.values]
     return sorted(found, key=wiring.order.__getitem__)
 
 
@@ -151,9 +150,9 @@ def _require_slotwise(axes: Axes, flow: Flow, producer: Op, op: Op, kept: set[At
     if not (op.name in ELEMENTWISE or op.name in _ALONG_ROWS or is_view(op)):
         raise CannotGrow(why)
     for i, value in enumerate(op.ins):
-        if value not in flow.mixing:
+        if value not in flow.values:
             continue
-        if value not in flow.empty:
+        if value not in flow.empty.at:
             raise CannotGrow(why)
         mixed = [a for d in _worked_along(op, i) for a in roots(axes[value][d]) if a in kept]
         if mixed:
