@@ -13,6 +13,7 @@ import numpy as np
 
 from tinyjax.core.kernels import require_growable
 from tinyjax.core.params import Params
+from tinyjax.core.shared_programs import shared
 from tinyjax.core.site import Site, Sites, as_sites
 from tinyjax.discovery.dimensions.loss_form import require_mean_in_parts
 from tinyjax.discovery.sites import find_sites
@@ -147,18 +148,10 @@ def diagnose(
     # New heads are searched for in the slots of the old ones.
     counts = {site.name: min(num_neurons, site.capacity) if site.pattern else num_neurons for site in growable}
 
-    @jax.jit
-    def measure(params: Params, batch: Any) -> tuple[jax.Array, dict[str, Any]]:
-        found = estimate_batch(loss_of, params, batch, growable, num_gates=counts)
-        squares = bounded_squares(loss_of, params, batch, growable)
-        summaries = {}
-        for site in growable:
-            summary = partial(_summary, counts[site.name], squares.get(site.name))
-            for _ in site.stack:
-                summary = jax.vmap(summary)
-            summaries[site.name] = summary(found.statistics[site.name])
-        return found.loss, summaries
-
+    measure = shared(
+        ("diagnosis", loss_fn, growable, counts, has_aux),
+        lambda: jax.jit(partial(_measure, loss_fn, growable, counts, has_aux)),
+    )
     loss, summaries = jax.device_get(measure(params, batch))
     findings = {}
     for site in growable:
@@ -169,6 +162,22 @@ def diagnose(
             site, int(np.max(used)), total, float(np.sum(psi)), float(np.sum(psi)) * scale, float(np.sum(gain)) * scale
         )
     return Diagnosis(findings, refused, float(loss))
+
+
+def _measure(
+    loss_fn: Callable[..., Any], sites: Sites, counts: Mapping[str, int], has_aux: bool, params: Params, batch: Any
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The loss and the summary of every site."""
+    loss = TracedLoss(loss_fn, has_aux)
+    found = estimate_batch(loss, params, batch, sites, num_gates=counts)
+    squares = bounded_squares(loss, params, batch, sites)
+    summaries = {}
+    for site in sites:
+        summary = partial(_summary, counts[site.name], squares.get(site.name))
+        for _ in site.stack:
+            summary = jax.vmap(summary)
+        summaries[site.name] = summary(found.statistics[site.name])
+    return found.loss, summaries
 
 
 def _summary(num_neurons: int, squares: Squares | None, statistics: Statistics) -> tuple[jax.Array, ...]:

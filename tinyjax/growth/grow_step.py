@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from tinyjax.core.batch import batch_size
 from tinyjax.core.params import Params
+from tinyjax.core.shared_programs import shared
 from tinyjax.core.site import Site, Sites, as_sites
 from tinyjax.discovery.dimensions.loss_form import require_mean
 from tinyjax.discovery.traced_loss import TracedLoss
@@ -104,7 +105,8 @@ def make_grow_step(
         `params, opt_state, info = grow_step(params, batch, opt_state, key=None, neurons=None, inputs=None)`. `neurons`
         is an int a site (traced or not; one for all or by name), 0 skips the site. Without `key` the filler's key is
         derived from the loss and the widths. `inputs` is what `decompose_inputs` found on this very batch. Called
-        outside of a trace it is jitted and passes `info` to `check`.
+        outside of a trace it is jitted and passes `info` to `check`. Made again of the same functions and equal
+        options, it shares what is compiled, as long as that is among the programs used last.
 
     Raises:
         ValueError: a site that cannot grow, `num_neurons` below 1 or beyond the capacity, a line search with a method
@@ -119,6 +121,9 @@ def make_grow_step(
     """
     sites = as_sites(sites)
     counts = check_static(sites, by_name(sites, num_neurons, "num_neurons"), method, amplitude, fill)
+    steps = (method, update, amplitude, update_amplitude, fill, orient)
+    given = (optimizer, trainable, has_aux, refresh, estimate_micro_batch, how_many, null_draws)
+    made_of = ("growth", loss_fn, sites, counts, steps, given)
     if amplitude is None:
         amplitude = fixed(1.0) if is_function_preserving(method) else line_search
 
@@ -199,7 +204,7 @@ def make_grow_step(
             return params, info
         return params, reset_grown(optimizer, opt_state, params, sites, info.born, trainable=trainable), info
 
-    compiled = jax.jit(grow)
+    compiled = shared(made_of, lambda: jax.jit(grow))
 
     def run(
         params: Params, batch: Any, opt_state: Any, key: Array | None, neurons: Any, inputs: Mapping[str, Inputs] | None

@@ -19,6 +19,7 @@ from jaxtyping import Array
 from tinyjax.core.arguments import per_site, require_names
 from tinyjax.core.batch import take_samples
 from tinyjax.core.params import Params
+from tinyjax.core.shared_programs import shared
 from tinyjax.core.site import Site, Sites, as_sites
 from tinyjax.core.slots import width
 from tinyjax.core.whole_numbers import whole_number
@@ -27,7 +28,7 @@ from tinyjax.discovery.sites import find_sites
 from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.growth.batch_split import FEWEST
 from tinyjax.growth.checks import require_counts
-from tinyjax.growth.info import GrowthInfo, check
+from tinyjax.growth.info import GrowthInfo
 from tinyjax.growth.optimizer.reset import require_state
 from tinyjax.surgery import Trainable, all_params, frozen_leaves, mark_frozen, multiple_of, require_unfrozen, resize
 from tinyjax.surgery.capacity_policies import Policy
@@ -125,8 +126,8 @@ def fit(
         opt_state: of a run to go on with; default: the optimizer's initial state.
         step: number of gradient steps done before.
         history: growths done before.
-        programs: keeps what was compiled: pass one dict to the runs of several seeds, and only the first compiles.
-            Programs are shared by runs whose `loss_fn`, `optimizer` and other functions are the same objects.
+        programs: keeps what was compiled for as long as the dict lives. Runs whose `loss_fn`, `optimizer`, `make_loss`
+            and other functions are the same objects share programs without it too, the 32 used last.
         **growth: further options of `make_grow_step` (`method`, `update`, `fill`, ...).
 
     Yields:
@@ -196,7 +197,10 @@ def fit(
             needed = {name: w + wanted.get(name, 0) for name, w in widths.items()}
             if policy is not None and any(needed[site.name] > site.capacity for site in found):
                 capacities = policy(needed, final)
-                new_loss = loss_fn if make_loss is None else make_loss(capacities)
+                if make_loss is not None:  # the same loss again for an identical run: it finds its programs then
+                    new_loss = shared(("loss", make_loss, capacities), partial(make_loss, capacities))
+                else:
+                    new_loss = loss_fn
                 some = take_samples(stream.peek(), 0, micro_batch) if micro_batch is not None else stream.peek()
                 params, opt_state, found = resize(
                     params,
@@ -216,7 +220,6 @@ def fit(
             if fits and stream.holds(FEWEST):
                 batch = stream.peek(max(samples[name] for name in fits))
                 params, opt_state, info = compiled.grow(params, opt_state, batch, jax.random.fold_in(key, done), fits)
-                check(info)
                 widths |= {name: int(w) for name, w in info.width.items()}
                 history += (info,)
         params, opt_state, loss = compiled.train(params, opt_state, stream.take(), micro_batch)

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from tinyjax.core.batch import batch_size, take_samples
 from tinyjax.core.params import Params
+from tinyjax.core.shared_programs import shared
 from tinyjax.core.site import Sites
 from tinyjax.growth.grow_step import make_grow_step
 from tinyjax.growth.info import GrowthInfo
@@ -26,13 +27,17 @@ class _TrainingPrograms(NamedTuple):
 
 
 def _training_programs(loss_fn: LossFn, options: Mapping[str, Any]) -> _TrainingPrograms:
-    optimizer, trainable, has_aux = (options[name] for name in ("optimizer", "trainable", "has_aux"))
-    return _TrainingPrograms(
-        jax.jit(train_step(loss_fn, optimizer, trainable=trainable, has_aux=has_aux)),
-        jax.jit(_gradient_step(loss_fn, trainable, has_aux)),
-        jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0),
-        jax.jit(partial(_mean_update, _update_step(optimizer, trainable))),
-    )
+    optimizer, trainable, has_aux = given = tuple(options[name] for name in ("optimizer", "trainable", "has_aux"))
+
+    def make() -> _TrainingPrograms:
+        return _TrainingPrograms(
+            jax.jit(train_step(loss_fn, optimizer, trainable=trainable, has_aux=has_aux)),
+            jax.jit(_gradient_step(loss_fn, trainable, has_aux)),
+            jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0),
+            jax.jit(partial(_mean_update, _update_step(optimizer, trainable))),
+        )
+
+    return shared(("training", loss_fn, *given), make)
 
 
 _Programs = tuple[_TrainingPrograms, dict[frozenset[str], Callable[..., Any]]]
@@ -76,7 +81,7 @@ class _Compiled:
     def _compile(self, names: frozenset[str]) -> Callable[..., Any]:
         sites = [site for site in self._sites if site.name in names]
         counts = {site.name: self._counts[site.name] for site in sites}
-        return jax.jit(make_grow_step(self._loss_fn, sites, num_neurons=counts, **self._options))
+        return make_grow_step(self._loss_fn, sites, num_neurons=counts, **self._options)
 
     def train(self, params: Params, opt_state: Any, batch: Any, micro_batch: int | None) -> tuple[Params, Any, Array]:
         if micro_batch is None:
