@@ -19,7 +19,7 @@ import optax
 
 import tinyjax
 from experiments.bench.timing import where
-from tinyjax.core.linalg import factor
+from tinyjax.core.linalg import root_of
 from tinyjax.core.params import named_leaves
 from tinyjax.discovery.graph.tracing import trace
 from tinyjax.growth.line_loss import loss_along
@@ -54,7 +54,7 @@ def solver(dimension: int, outputs: int, num_neurons: int) -> dict[str, Any]:
     gram, cross = x.T @ x / len(x), jnp.asarray(rng.normal(size=(dimension, outputs)), jnp.float32)
 
     def ours(gram: jax.Array, cross: jax.Array) -> Any:
-        return best(factor(gram, 1.0), cross, num_neurons=num_neurons)
+        return best(root_of(gram, 1.0), cross, num_neurons=num_neurons)
 
     def textbook(gram: jax.Array, cross: jax.Array) -> Any:
         values, vectors = jnp.linalg.eigh(gram)

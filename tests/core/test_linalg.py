@@ -27,7 +27,7 @@ def test_root_of_the_ridged_matrix(ridge):
     _, s = gram(0, 30, 6)
 
     def product(s):
-        root = linalg.factor(s, ridge)
+        root = linalg.root_of(s, ridge)
         return root.whiten(root.whiten(s + ridge * jnp.diag(jnp.diagonal(s))).T), root.rank
 
     identity, rank = jax.jit(product)(s)
@@ -46,13 +46,13 @@ def test_dead_inputs_stay_out(ridge):
     got = np.asarray(linalg.solve(jnp.asarray(padded), jnp.asarray(rhs), ridge))
     np.testing.assert_allclose(got[live], linalg.solve(jnp.asarray(s), jnp.asarray(rhs[live]), ridge), atol=1e-12)
     assert np.all(got[[1, 4, 5]] == 0)
-    assert linalg.factor(jnp.asarray(padded), ridge).rank == 4
+    assert linalg.root_of(jnp.asarray(padded), ridge).rank == 4
 
 
 def test_all_inputs_dead():
     got = linalg.solve(jnp.zeros((3, 3)), jnp.zeros((3, 2)))
     np.testing.assert_array_equal(got, np.zeros((3, 2)))
-    assert linalg.factor(jnp.zeros((3, 3))).rank == 0
+    assert linalg.root_of(jnp.zeros((3, 3))).rank == 0
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
@@ -115,7 +115,7 @@ def test_nan_in_nan_out(ridge, size):
         assert np.isnan(linalg.solve(jnp.asarray(bad), jnp.asarray(rhs), ridge)).any()
     bad = rhs.copy()
     bad[1, 1] = np.nan
-    root = linalg.factor(jnp.asarray(s), ridge)
+    root = linalg.root_of(jnp.asarray(s), ridge)
     assert np.isnan(root.unwhiten(root.whiten(jnp.asarray(bad)))).any()
     for part in linalg.top_singular(root.whiten(jnp.asarray(bad)), 2):
         assert np.isnan(part).any()
@@ -123,4 +123,4 @@ def test_nan_in_nan_out(ridge, size):
 
 def test_negative_ridge_is_refused():
     with pytest.raises(ValueError, match="`ridge` must be >= 0"):
-        linalg.factor(jnp.eye(2), -1.0)
+        linalg.root_of(jnp.eye(2), -1.0)

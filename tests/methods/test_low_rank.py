@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.oracles import make_samples, record
-from tinyjax.core.linalg import factor
+from tinyjax.core.linalg import root_of
 from tinyjax.methods import fisher_tiny, tiny, tiny_unprojected
 from tinyjax.methods.solvers.low_rank import best, beyond
 
@@ -24,7 +24,7 @@ def problem(seed, inputs=6, outputs=4, rank=None):
 
 
 def root(matrix):
-    return factor(jnp.asarray(matrix))
+    return root_of(jnp.asarray(matrix))
 
 
 def objective(gram, right, cross, product):

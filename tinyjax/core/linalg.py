@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 _DIRECT_UP_TO = 32  # smallest dimension above which the smaller Gram is faster than a direct SVD (measured)
 
 
-class Factor(NamedTuple):
+class Root(NamedTuple):
     """A root F of a positive semi-definite matrix S = F F', as the two maps in which it is used.
 
     Attributes:
@@ -73,7 +73,7 @@ def correlation(
     return scaled + jnp.diag(jnp.where(live, 0, 1).astype(matrix.dtype)), inverse_scale
 
 
-def factor(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""] = 0.0) -> Factor:
+def root_of(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""] = 0.0) -> Root:
     """A root of S + ridge diag(S).
 
     `ridge` the Python number 0 is exact: eigenvalues of the correlation matrix below `relative_cutoff` count as zero,
@@ -92,15 +92,15 @@ def factor(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""] = 
         if ridge < 0:
             raise ValueError(f"`ridge` must be >= 0, got {ridge}")
         if ridge == 0:
-            return _eigen_factor(matrix)
-    return _cholesky_factor(matrix, ridge)
+            return _by_eigenvectors(matrix)
+    return _by_cholesky(matrix, ridge)
 
 
 def solve(
     matrix: Float[Array, "d d"], rhs: Float[Array, "d q"], ridge: float | int | Float[Array, ""] = 0.0
 ) -> Float[Array, "d q"]:
     """(S + ridge diag(S))^+ X, of shape (D, q)."""
-    root = factor(matrix, ridge)
+    root = root_of(matrix, ridge)
     return root.unwhiten(root.whiten(rhs))
 
 
@@ -130,9 +130,9 @@ class _EigenRoot(NamedTuple):
     rank: Array
 
 
-def _eigen_factor(matrix: Float[Array, "d d"]) -> Factor:
+def _by_eigenvectors(matrix: Float[Array, "d d"]) -> Root:
     found = _eigen_root(matrix)
-    return Factor(partial(_eigen_whiten, found), partial(_eigen_unwhiten, found), found.rank)
+    return Root(partial(_eigen_whiten, found), partial(_eigen_unwhiten, found), found.rank)
 
 
 @jax.jit
@@ -172,9 +172,9 @@ def _cholesky(matrix: Float[Array, "d d"], ridge: Float[Array, ""]) -> Float[Arr
     return lax.linalg.cholesky((matrix + ridge * jnp.eye(size, dtype=matrix.dtype)).T, symmetrize_input=False)
 
 
-def _cholesky_factor(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""]) -> Factor:
+def _by_cholesky(matrix: Float[Array, "d d"], ridge: float | int | Float[Array, ""]) -> Root:
     lower, inverse_scale, rank = _cholesky_root(matrix, jnp.asarray(ridge, matrix.dtype))
-    return Factor(
+    return Root(
         partial(_cholesky_whiten, lower, inverse_scale), partial(_cholesky_unwhiten, lower, inverse_scale), rank
     )
 

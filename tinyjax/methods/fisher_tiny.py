@@ -2,7 +2,7 @@
 
 from jaxtyping import Array
 
-from tinyjax.core.linalg import factor
+from tinyjax.core.linalg import root_of
 from tinyjax.core.neurons import Neurons
 from tinyjax.methods.solvers.best_update import Ridge, best_update, residual_cross, resolve
 from tinyjax.methods.solvers.live import input_root, only_live
@@ -57,6 +57,6 @@ def fisher_tiny(
         raise ValueError("`fisher_tiny` needs `energy_matrix`: ask `estimate` for it")
     cross = residual_cross(mean, best_update(statistics, ridge=ridge_of_update(ridge, update_ridge)))
     inputs = input_root(mean, resolve(ridge, statistics))
-    outputs = factor(mean.energy_matrix, output_ridge)
+    outputs = root_of(mean.energy_matrix, output_ridge)
     # lambda is a correlation here, at most 1
     return only_live(mean, best(inputs, cross, num_neurons=num_neurons, outputs=outputs, floor=1.0))

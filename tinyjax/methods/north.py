@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import factor, matmul, top_singular
+from tinyjax.core.linalg import matmul, root_of, top_singular
 from tinyjax.core.neurons import HE_NORM, Neurons
 from tinyjax.methods.solvers.live import live_inputs
 from tinyjax.methods.solvers.ridge import held_out_update
@@ -55,7 +55,7 @@ def uncorrelated(statistics: Statistics, num_neurons: int, ridge: float | Array,
     A ridge changes their law and not the orthogonality: (root^+' u)' S W = u' root^+ S W.
     """
     gram = moments(statistics).gram_prev
-    root = factor(gram, ridge)
+    root = root_of(gram, ridge)
     basis, rank = span(root.whiten(matmul(gram, statistics.weight_prev)))
     draw = jax.random.normal(key, (len(gram), num_neurons), basis.dtype)
     return root.unwhiten(draw - matmul(basis, matmul(basis.T, draw))), root.rank - rank

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import Factor, factor, matmul, relative_cutoff
+from tinyjax.core.linalg import Root, matmul, relative_cutoff, root_of
 from tinyjax.core.neurons import Neurons
 from tinyjax.methods.solvers.best_update import Ridge, best_update, residual_cross, resolve
 from tinyjax.methods.solvers.live import input_root, only_live
@@ -52,7 +52,7 @@ class _Fold(NamedTuple):
 
     def score(self, ridge: Array) -> Array:
         """What the neuron fitted to one half finds on the other, per unit of its activity there."""
-        root = factor(self.gram + ridge * self.diagonal)
+        root = root_of(self.gram + ridge * self.diagonal)
         part = rank_one_part(_whitened(root, self.third_moments))
         alpha = root.unwhiten(part.vector[:, None])[:, 0]
         found = jnp.einsum("r,i,rij,j->", part.output, alpha, self.third_moments_test, alpha, precision="highest")
@@ -69,7 +69,7 @@ def held_out_third(statistics: Statistics) -> Array:
 
     def fold(fitted: Moments, other: Moments) -> _Fold:
         assert fitted.third_moments is not None and other.third_moments is not None
-        root = factor(fitted.gram_prev, 1.0)
+        root = root_of(fitted.gram_prev, 1.0)
         seen = root.unwhiten(_largest(_whitened(root, fitted.third_moments), _COMPRESSED))
 
         def along(matrix: Array) -> Array:
@@ -206,7 +206,7 @@ def _largest(tensor: Array, size: int) -> Array:
     return jnp.linalg.eigh(jnp.einsum("rij,rjk->ik", tensor, tensor, precision="highest"))[1][:, -size:]
 
 
-def _whitened(root: Factor, third_moments: Array) -> Array:
+def _whitened(root: Root, third_moments: Array) -> Array:
     """S^(-1/2) T_r S^(-1/2) for every r, symmetric to the last bit."""
 
     def one(matrix: Array) -> Array:

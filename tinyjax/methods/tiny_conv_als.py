@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import factor, inner, matmul, solve
+from tinyjax.core.linalg import inner, matmul, root_of, solve
 from tinyjax.core.neurons import Neurons
 from tinyjax.methods.solvers.best_update import Ridge, best_update, residual_cross
 from tinyjax.methods.solvers.gains import update_gain
@@ -126,7 +126,7 @@ def approximation(problem: ConvProblem, num_neurons: int) -> Neurons:
     offsets, inputs = problem.gram.shape[:2]
     gram = min(offsets, inputs) * _diagonal(problem)
     cross = problem.cross.reshape(inputs, -1)
-    return best(factor(gram), cross, num_neurons=num_neurons, floor=jnp.sqrt(problem.energy))
+    return best(root_of(gram), cross, num_neurons=num_neurons, floor=jnp.sqrt(problem.energy))
 
 
 def conv_gain(problem: ConvProblem, neurons: Neurons) -> Array:
@@ -219,7 +219,7 @@ def _best_alpha(problem: ConvProblem, alpha: Array, omega: Array) -> Array:
 
 def _balanced(problem: ConvProblem, alpha: Array, omega: Array) -> Neurons:
     """The same alpha omega, as orthogonal neurons with norms shared between both sides."""
-    root = factor(_diagonal(problem))
+    root = root_of(_diagonal(problem))
     product = matmul(alpha, omega.reshape(alpha.shape[1], -1))
     floor = jnp.sqrt(problem.energy)
     return best(root, matmul(_diagonal(problem), product), num_neurons=alpha.shape[1], floor=floor)

@@ -8,7 +8,7 @@ S_perp = S - P G^+ P', with the same N.
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import Factor, factor, matmul, relative_cutoff, solve
+from tinyjax.core.linalg import Root, matmul, relative_cutoff, root_of, solve
 from tinyjax.core.neurons import Neurons
 from tinyjax.methods.solvers.best_update import Ridge, residual_cross, resolve
 from tinyjax.methods.solvers.live import input_root, only_live
@@ -58,7 +58,7 @@ def tiny_joint(
     update_ridge = resolve(update_ridge, statistics)
     ridge = held_out_joint(statistics, update_ridge=update_ridge) if ridge is None else resolve(ridge, statistics)
     cross = residual_cross(mean, solve(mean.gram, mean.cross, update_ridge))
-    root = _unexplained(input_root(mean, ridge), factor(mean.gram, update_ridge), link)
+    root = _unexplained(input_root(mean, ridge), root_of(mean.gram, update_ridge), link)
     neurons = only_live(mean, best(root, cross, num_neurons=num_neurons, floor=jnp.sqrt(mean.energy)))
     move = matmul(neurons.alpha, neurons.omega)
     return neurons._replace(delta=solve(mean.gram, mean.cross - matmul(link.T, move), update_ridge))
@@ -97,7 +97,7 @@ def _dense_link(moments: Moments) -> Array:
     return moments.link[0]
 
 
-def _unexplained(root_prev: Factor, root: Factor, link: Array) -> Factor:
+def _unexplained(root_prev: Root, root: Root, link: Array) -> Root:
     """A root of S - P G^+ P', from roots of S and of G.
 
     On the scale where S is the identity the matrix is I - R'R, whose eigenvalues are 1 minus squared canonical
@@ -108,7 +108,7 @@ def _unexplained(root_prev: Factor, root: Factor, link: Array) -> Factor:
     values, vectors = jnp.linalg.eigh(identity - matmul(correlations.T, correlations))
     kept = ~(values <= relative_cutoff(link.dtype))
     inverse = vectors * jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1)), 0)
-    return Factor(
+    return Root(
         whiten=lambda x: matmul(inverse.T, root_prev.whiten(x)),
         unwhiten=lambda u: root_prev.unwhiten(matmul(inverse, u)),
         rank=jnp.sum(kept),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import factor, inner, matmul, solve
+from tinyjax.core.linalg import inner, matmul, root_of, solve
 from tinyjax.statistics.record import Statistics
 
 SHRINKAGE = 1e-2
@@ -34,7 +34,7 @@ def orthonormal(statistics: Statistics) -> tuple[Statistics, Array | None]:
         return statistics, None
     total = jnp.maximum(statistics.count[0] + statistics.count[1], 1)
     metric = (statistics.gram_out[0] + statistics.gram_out[1]) / total
-    basis = factor(metric, SHRINKAGE).unwhiten(jnp.eye(len(metric), dtype=metric.dtype))
+    basis = root_of(metric, SHRINKAGE).unwhiten(jnp.eye(len(metric), dtype=metric.dtype))
     cross = matmul(statistics.cross_prev, basis)
     gains = jax.vmap(lambda gram, cross: inner(cross, solve(gram, cross)))(statistics.gram_prev, cross)
     shrunk = metric + SHRINKAGE * jnp.diag(jnp.diagonal(metric))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import Factor, correlation, matmul
+from tinyjax.core.linalg import Root, correlation, matmul
 
 
 class Spectrum(NamedTuple):
@@ -30,10 +30,10 @@ class Spectrum(NamedTuple):
         """X (D, q) on the correlation scale and in the eigenbasis, U' (scale X)."""
         return matmul(self.vectors.T, x * self.inverse_scale)
 
-    def factor(self, ridge: Array | float) -> Factor:
-        """A root of S + ridge diag(S), as `linalg.factor` gives for a positive ridge."""
+    def root(self, ridge: Array | float) -> Root:
+        """A root of S + ridge diag(S), as `linalg.root_of` gives for a positive ridge."""
         inverse_root = (1 / jnp.sqrt(self.shifted(ridge)))[:, None]
-        return Factor(
+        return Root(
             whiten=lambda x: inverse_root * self.turn(x),
             unwhiten=lambda u: matmul(self.vectors, inverse_root * u) * self.inverse_scale,
             rank=jnp.sum(self.inverse_scale != 0),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import factor, inner, matmul, top_singular
+from tinyjax.core.linalg import inner, matmul, root_of, top_singular
 from tinyjax.core.neurons import Neurons
 from tinyjax.methods.solvers.low_rank import best
 from tinyjax.methods.solvers.query_key import query_key, query_key_moments
@@ -230,7 +230,7 @@ def _value_moments(read: Array, residual: Array) -> tuple[Array, Array]:
 
 
 def _solve(gram: Array, cross: Array, value_width: int, used: Array | int, ridge: float | Array) -> Neurons:
-    found = best(factor(gram, ridge), cross, num_neurons=value_width)
+    found = best(root_of(gram, ridge), cross, num_neurons=value_width)
     kept = jnp.arange(value_width) < used
     return Neurons(
         jnp.where(kept, found.alpha, 0),

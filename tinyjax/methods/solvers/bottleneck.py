@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import factor, inner, matmul
+from tinyjax.core.linalg import inner, matmul, root_of
 from tinyjax.methods.solvers.best_update import best_update, residual_cross
 from tinyjax.statistics.averages import moments
 from tinyjax.statistics.output_metric import orthonormal
@@ -41,6 +41,6 @@ def bottleneck(statistics: Statistics) -> Bottleneck:
     mean = moments(statistics)
     delta = best_update(statistics)
     after = mean.energy - 2 * inner(mean.cross, delta) + inner(delta, matmul(mean.gram, delta))
-    whitened = factor(mean.gram_prev).whiten(residual_cross(mean, delta))
+    whitened = root_of(mean.gram_prev).whiten(residual_cross(mean, delta))
     gains = jnp.linalg.svd(whitened, compute_uv=False) ** 2
     return Bottleneck(mean.energy, jnp.maximum(after, 0), gains)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import correlation, factor, matmul
+from tinyjax.core.linalg import correlation, matmul, root_of
 from tinyjax.methods.solvers.low_rank import best
 
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)
@@ -105,7 +105,7 @@ def best_unit(activation: Callable[[Array], Array], problem: Problem, gate: Arra
     """TINY with one neuron and the input g(beta'x) x."""
     opened = activation(matmul(problem.gating, gate))[:, None] * problem.inputs
     gram, cross = matmul(opened.T, opened) / len(opened), matmul(opened.T, problem.goal) / len(opened)
-    found = best(factor(gram, ridge), cross, num_neurons=1)
+    found = best(root_of(gram, ridge), cross, num_neurons=1)
     return Unit(found.alpha[:, 0], found.omega[0], found.singular_values[0] ** 2)
 
 
@@ -120,7 +120,7 @@ def held_out_scores(
     def score(ridge: Array) -> Array:
         total = jnp.zeros((), opened.dtype)
         for fitted, other in ((0, 1), (1, 0)):
-            unit = best(factor(grams[fitted], ridge), crosses[fitted], num_neurons=1)
+            unit = best(root_of(grams[fitted], ridge), crosses[fitted], num_neurons=1)
             alpha, omega = unit.alpha[:, 0], unit.omega[0]
             quadratic = jnp.sum(alpha * matmul(grams[other], alpha)) * jnp.sum(omega**2)
             total += 2 * jnp.sum(alpha * matmul(crosses[other], omega)) - quadratic
@@ -138,7 +138,7 @@ def climb(
     length doubles after a step that was kept and is quartered after one that was not.
     """
     rows = problem.gating
-    metric = factor(matmul(rows.T, rows) / len(rows), 1e-3)
+    metric = root_of(matmul(rows.T, rows) / len(rows), 1e-3)
 
     def objective(gate: Array, unit: Unit) -> Array:
         opened = activation(matmul(rows, gate))[:, None] * problem.inputs

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import Factor, factor
+from tinyjax.core.linalg import Root, root_of
 from tinyjax.core.neurons import Neurons
 from tinyjax.statistics.averages import Moments
 
@@ -21,10 +21,10 @@ def live_outputs(moments: Moments) -> Array:
     return jnp.repeat(asked, moments.cross_prev.shape[1] // num_outputs)
 
 
-def input_root(moments: Moments, ridge: float | Array) -> Factor:
+def input_root(moments: Moments, ridge: float | Array) -> Root:
     """A root of S + ridge diag(S), (D, D); from the spectrum of S where that is known and the ridge is not 0."""
     exact = isinstance(ridge, int | float) and ridge == 0
-    return factor(moments.gram_prev, ridge) if exact or moments.spectrum is None else moments.spectrum.factor(ridge)
+    return root_of(moments.gram_prev, ridge) if exact or moments.spectrum is None else moments.spectrum.root(ridge)
 
 
 def only_live(moments: Moments, neurons: Neurons) -> Neurons:

@@ -7,13 +7,13 @@ TINY prices a neuron by the activity it causes (S on the inputs), Fisher-TINY al
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import Factor, matmul, solve, top_singular
+from tinyjax.core.linalg import Root, matmul, solve, top_singular
 from tinyjax.core.neurons import Neurons
 from tinyjax.methods.solvers.traits import require_count
 
 
 def best(
-    inputs: Factor, cross: Array, *, num_neurons: int, outputs: Factor | None = None, floor: float | Array = 0.0
+    inputs: Root, cross: Array, *, num_neurons: int, outputs: Root | None = None, floor: float | Array = 0.0
 ) -> Neurons:
     r"""The matrix C = alpha omega of rank `num_neurons` that maximises 2 <N, C> - tr(S C R C').
 
@@ -37,7 +37,7 @@ def best(
         ValueError: `num_neurons` is not a positive int.
 
     Example:
-        >>> best(factor(S), N, num_neurons=8, outputs=factor(R))
+        >>> best(root_of(S), N, num_neurons=8, outputs=root_of(R))
 
     Reference: Verbockhaven et al., TMLR 2024, proposition 3.2 for R = I.
     """

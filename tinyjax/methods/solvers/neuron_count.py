@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import Factor, factor, matmul, relative_cutoff
+from tinyjax.core.linalg import Root, matmul, relative_cutoff, root_of
 from tinyjax.methods.solvers.best_update import Ridge, best_update, residual_cross, resolve
 from tinyjax.methods.solvers.live import input_root
 from tinyjax.methods.solvers.ridge import held_out_ridge, ridge_of_update
@@ -68,7 +68,7 @@ def significant(statistics: Statistics, *, level: float = 0.05, ridge: Ridge = 1
         cure = f"ask for at least {least}" if least else "it must lie between 0 and 1"
         raise ValueError(f"`level` is {level} with {draws} null draws: {cure}")
     delta = best_update(statistics)
-    outer = factor(mean.gram)
+    outer = root_of(mean.gram)
     root = input_root(mean, resolve(ridge, statistics))
 
     def largest(null: Null) -> Array:
@@ -162,14 +162,14 @@ def energy(
     return jnp.sum((before < wanted) & (squares > 0), dtype=jnp.int32)
 
 
-def _squares(root: Factor, cross: Array) -> Array:
+def _squares(root: Root, cross: Array) -> Array:
     """The squared singular values of S^(-1/2) N, ascending."""
     whitened = root.whiten(cross)
     whitened = whitened if whitened.shape[0] < whitened.shape[1] else whitened.T
     return jnp.maximum(jnp.linalg.eigvalsh(matmul(whitened, whitened.T)), 0)
 
 
-def _flipped(mean: Moments, null: Null, delta: Array, outer: Factor) -> Array:
+def _flipped(mean: Moments, null: Null, delta: Array, outer: Root) -> Array:
     """Sum of sign (b_prev - P G^+ b) (v - dW' b)' of one draw: (D, Q)."""
     shape = mean.cross_prev.shape
     left = jnp.einsum("odh,hm->dmo", null.link, delta, precision="highest").reshape(shape)

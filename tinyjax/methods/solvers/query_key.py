@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import factor
+from tinyjax.core.linalg import root_of
 from tinyjax.core.neurons import Neurons
 from tinyjax.methods.solvers.low_rank import best, beyond
 
@@ -104,7 +104,7 @@ def query_key(
         cross = beyond(cross, moments.gram_query, weight_query)
     if weight_key is not None:
         cross = beyond(cross.T, moments.gram_key, weight_key).T
-    inputs, outputs = factor(moments.gram_query, ridge), factor(moments.gram_key, ridge)
+    inputs, outputs = root_of(moments.gram_query, ridge), root_of(moments.gram_key, ridge)
     whole = outputs.whiten(inputs.whiten(moments.cross).T)
     return best(inputs, cross, num_neurons=num_neurons, outputs=outputs, floor=jnp.linalg.norm(whole))
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.linalg import factor, matmul, relative_cutoff, solve, top_singular
+from tinyjax.core.linalg import matmul, relative_cutoff, root_of, solve, top_singular
 from tinyjax.core.neurons import HE_NORM as _NORM
 from tinyjax.methods.solvers.best_update import best_update, residual_cross
 from tinyjax.methods.solvers.ridge import held_out_update
@@ -64,7 +64,7 @@ def alternate_readers(
     Returns:
         Balanced as by `best`: |omega|^2 = sum_m |omega_m|^2 alpha' S_m alpha / |omega|^2 = singular value.
     """
-    inverse_roots = jax.lax.map(lambda gram: factor(gram, ridge).whiten(jnp.eye(len(gram), dtype=gram.dtype)), grams)
+    inverse_roots = jax.lax.map(lambda gram: root_of(gram, ridge).whiten(jnp.eye(len(gram), dtype=gram.dtype)), grams)
     shrunk = grams + jnp.asarray(ridge, grams.dtype) * jax.vmap(lambda s: jnp.diag(jnp.diagonal(s)))(grams)
 
     def single(root: Array, columns: Array, cross: Array) -> tuple[Array, Array]:
