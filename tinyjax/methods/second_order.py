@@ -27,7 +27,7 @@ _COMPRESSED = 64  # dimensions of the inputs' side in which rank-one parts are l
 _ROUNDS = 50
 
 
-class Part(NamedTuple):
+class RankOne(NamedTuple):
     """A rank-one part of T: value () = sum_r output_r vector' T_r vector, with unit output (R,) and vector (D,)."""
 
     value: Array
@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 
 class _Climb(NamedTuple):
-    part: Part
+    part: RankOne
     step: Array  # how far the last round moved the vector
     count: Array  # of rounds
 
@@ -160,7 +160,7 @@ def second_order(
     return only_live(mean, Neurons(alpha, omega, value, second_order=rate))
 
 
-def rank_one_parts(tensor: Array, num_parts: int) -> Part:
+def rank_one_parts(tensor: Array, num_parts: int) -> RankOne:
     """The largest rank-one part of T (R, D, D), then that of the rest, and so on: `num_parts` of them, stacked.
 
     Local maxima. Beyond 64 dimensions, of T restricted to those in which it is largest.
@@ -168,7 +168,7 @@ def rank_one_parts(tensor: Array, num_parts: int) -> Part:
     basis = _largest(tensor, max(_COMPRESSED, num_parts))
     tensor = matmul(basis.T, matmul(tensor, basis))
 
-    def step(tensor: Array, _: None) -> tuple[Array, Part]:
+    def step(tensor: Array, _: None) -> tuple[Array, RankOne]:
         found = rank_one_part(tensor)
         taken = jnp.einsum("r,i,j->rij", found.output, found.vector, found.vector)
         return tensor - found.value * taken, found._replace(vector=matmul(basis, found.vector))
@@ -176,13 +176,13 @@ def rank_one_parts(tensor: Array, num_parts: int) -> Part:
     return jax.lax.scan(step, tensor, None, length=num_parts)[1]
 
 
-def rank_one_part(tensor: Array) -> Part:
+def rank_one_part(tensor: Array) -> RankOne:
     """A local maximum of sum_r c_r a' T_r a over unit c and a, from the best of all eigenvectors of all T_r."""
 
-    def best_output(vector: Array) -> Part:
+    def best_output(vector: Array) -> RankOne:
         along = jnp.einsum("i,rij,j->r", vector, tensor, vector, precision="highest")
         value = jnp.linalg.norm(along)
-        return Part(value, along / jnp.where(value > 0, value, 1), vector)
+        return RankOne(value, along / jnp.where(value > 0, value, 1), vector)
 
     def climb_once(state: _Climb) -> _Climb:
         combined = jnp.einsum("r,rij->ij", state.part.output, tensor, precision="highest")
