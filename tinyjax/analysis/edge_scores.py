@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.analysis.site_scores import Model, Objective, Score, move_at_output
+from tinyjax.analysis.site_scores import Objective, Outputs, Score, move_at_output
 from tinyjax.core.batch import batch_size, take_samples
 from tinyjax.core.linalg import matmul
 from tinyjax.core.params import Params
@@ -59,7 +59,7 @@ class _Connection(NamedTuple):
 
 
 def score_edges(
-    model: Model,
+    model: Outputs,
     objective: Objective,
     params: Params,
     batch: Any,
@@ -114,7 +114,7 @@ def score_edges(
     both = [*targets, *(pair.source for pair in pairs)]
     captured = capture(traced, jax.tree.leaves((params, fitting)), both, targets)
     leaves = jax.tree.leaves((params, scoring))
-    heard = record(traced, leaves, both)
+    recorded = record(traced, leaves, both)
     structure = jax.tree.structure(jax.eval_shape(model, params, scoring))
 
     def output(probes: Any) -> Any:
@@ -131,7 +131,7 @@ def score_edges(
         alone = best_update(statistics, ridge=update_ridge)
         mean, weight = moments(statistics), matmul(neurons.alpha, neurons.omega)
         gains = [update_gain(mean, delta) for delta in (neurons.delta, alone)]
-        b, h = (_rows(use, heard) for use in pair)
+        b, h = (_rows(use, recorded) for use in pair)
         h = with_constant(h, pair.target.bias is not None)
         moves = [
             move_at_output(objective, z, push(zeros | {pair.target.op.path: _at(pair.target, rows)}), scoring)

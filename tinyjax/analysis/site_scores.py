@@ -27,7 +27,7 @@ from tinyjax.methods.solvers.ridge import held_out_best_update
 from tinyjax.statistics.record import Statistics
 from tinyjax.surgery import add_update, write
 
-Model = Callable[[Params, Any], Any]
+Outputs = Callable[[Params, Any], Any]
 Objective = Callable[[Any, Any], Array]
 Update = Callable[[Statistics], Array]
 
@@ -71,7 +71,7 @@ class Score(NamedTuple):
     amplitude: Array
 
 
-def gauss_newton(model: Model, objective: Objective, params: Params, tangent: Params, batch: Any) -> Move:
+def gauss_newton(model: Outputs, objective: Objective, params: Params, tangent: Params, batch: Any) -> Move:
     """The Gauss-Newton model of the loss along `params + t tangent`.
 
     One forward derivative through the model and two through the objective; no gradient, no matrix.
@@ -112,7 +112,7 @@ def move_at_output(objective: Objective, z: Any, dz: Any, batch: Any) -> Move:
 
 
 def score_sites(
-    model: Model,
+    model: Outputs,
     objective: Objective,
     params: Params,
     batch: Any,

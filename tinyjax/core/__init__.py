@@ -1,4 +1,4 @@
-"""What every room speaks: parameter trees, batches, sites and their slots, new neurons, linear algebra.
+"""What all rooms share: parameter trees, batches, sites and their slots, new neurons, linear algebra.
 
 Enters: nothing of the library. Leaves: `Site` and `Sites` (a dimension that can grow, as data), `Layout` and `Kernel`
 (where it lies in a leaf), `Neurons` (what a method returns and surgery writes). Read first: `site.py`, then `slots.py`.

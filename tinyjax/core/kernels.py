@@ -126,7 +126,7 @@ def require_growable(site: Site) -> None:
 
 
 def gating_kernels(site: Site) -> tuple[Kernel, ...]:
-    """The kernels that decide when a neuron speaks and no amplitude scales: of the gate, of queries and keys."""
+    """The kernels that decide when a neuron acts, and that no amplitude scales: of the gate, of queries and keys."""
     return site.pattern if site.gate is None else (site.gate, *site.pattern)
 
 

@@ -38,7 +38,7 @@ class Captured(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """Where to listen: which operand to record at an address, and which probe to add to its result."""
+    """Where to record and where to probe: which operand of an address, and what is added to its result."""
 
     records: Mapping[Address, int]
     probes: Mapping[Address, Array]
@@ -80,12 +80,12 @@ def capture(
 
     def run(probes: dict[Address, Array]) -> tuple[Array, dict[Address, Array]]:
         everywhere = probes | {twin: probes[at] for at, twins in again.items() for twin in twins}
-        outs, heard = _run(traced.jaxpr.jaxpr, traced.jaxpr.consts, inputs, Taps(records, everywhere), ())
-        return outs[0], heard
+        outs, arrays = _run(traced.jaxpr.jaxpr, traced.jaxpr.consts, inputs, Taps(records, everywhere), ())
+        return outs[0], arrays
 
-    loss, pull, heard = jax.vjp(run, zeros, has_aux=True)
+    loss, pull, arrays = jax.vjp(run, zeros, has_aux=True)
     (gradients,) = pull(jnp.ones_like(loss))
-    return Captured(loss, heard, gradients)
+    return Captured(loss, arrays, gradients)
 
 
 def record(traced: Trace, inputs: Sequence[Array], uses: Sequence[Product]) -> dict[Address, Array]:
@@ -109,7 +109,7 @@ def _run(
 ) -> tuple[list[Any], dict[Address, Array]]:
     """Evaluates a jaxpr with taps: its results, and what was recorded."""
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
-    heard: dict[Address, Array] = {}
+    arrays: dict[Address, Array] = {}
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, Literal) else env[v]
@@ -121,21 +121,21 @@ def _run(
             outs = evaluate(eqn, values)
         elif eqn.primitive.name in JIT:
             outs, more = _run(*subjaxpr(eqn), values, mine, address)
-            heard |= more
+            arrays |= more
         elif eqn.primitive.name in REMAT:
             outs, more = _run_remat(eqn, values, mine, address)
-            heard |= more
+            arrays |= more
         elif eqn.primitive.name == "scan":
             outs, more = _run_scan(eqn, values, mine, address)
-            heard |= more
+            arrays |= more
         else:
             if address in mine.records:
-                heard[address] = values[mine.records[address]]
+                arrays[address] = values[mine.records[address]]
             outs = evaluate(eqn, values)
             if address in mine.probes:
                 outs = [outs[0] + mine.probes[address]]
         env.update(zip(eqn.outvars, outs))
-    return [read(v) for v in jaxpr.outvars], heard
+    return [read(v) for v in jaxpr.outvars], arrays
 
 
 def evaluate(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -165,9 +165,9 @@ def _run_scan(eqn: JaxprEqn, values: Sequence[Any], taps: Taps, at: Address) -> 
 
     def step(carry: Sequence[Any], x: Any) -> tuple[Any, Any]:
         x, probes = x
-        outs, heard = _run(body, body_consts, [*consts, *carry, *x], Taps(taps.records, probes), at)
-        return outs[:num_carry], (outs[num_carry:], heard)
+        outs, arrays = _run(body, body_consts, [*consts, *carry, *x], Taps(taps.records, probes), at)
+        return outs[:num_carry], (outs[num_carry:], arrays)
 
     params = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    carry, (ys, heard) = lax.scan(step, init, (xs, dict(taps.probes)), **params)
-    return [*carry, *ys], heard
+    carry, (ys, arrays) = lax.scan(step, init, (xs, dict(taps.probes)), **params)
+    return [*carry, *ys], arrays

@@ -139,8 +139,8 @@ def _costs(inverse: Array, weight: Array, groups: Array, own: Array) -> Array:
     """tr(W_j' [(G^-1)_jj]^-1 W_j) for every slot; 0 for the part of it that is silent, or its own."""
 
     def cost(group: Array, own: Array) -> Array:
-        heard = jnp.diagonal(inverse)[group] != 0
-        rows = jnp.where(heard[:, None] & ~own, weight[group], 0)
+        is_read = jnp.diagonal(inverse)[group] != 0
+        rows = jnp.where(is_read[:, None] & ~own, weight[group], 0)
         return jnp.sum(rows * jnp.linalg.solve(_blocks(inverse, group), rows))
 
     return jax.vmap(cost)(groups, own)

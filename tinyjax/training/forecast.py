@@ -25,7 +25,7 @@ from tinyjax.training.schedules.basic import Schedule, Widths
 from tinyjax.training.steps import train_step
 
 LossFn = Callable[..., Any]
-Part = tuple[Work, int]
+Repeated = tuple[Work, int]
 
 
 class Rates(NamedTuple):
@@ -44,8 +44,8 @@ class Forecast(NamedTuple):
         growth: the same of growths.
     """
 
-    training: tuple[Part, ...]
-    growth: tuple[Part, ...]
+    training: tuple[Repeated, ...]
+    growth: tuple[Repeated, ...]
 
     def seconds(self, rates: Rates) -> float:
         """How long the run takes, compilation not included."""
