@@ -2,4 +2,4 @@
 
 
 class CannotGrow(ValueError):
-    """A path whose pixels cannot be brought together; the message says why."""
+    """A dimension that cannot grow, or not in the way that is tried, and why: `Site.reason` shows it."""
