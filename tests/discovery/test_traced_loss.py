@@ -1,6 +1,6 @@
 """How often a loss is traced and looked through: once for all arguments of the same shapes, anew for any others."""
 
-import collections
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +27,6 @@ def chain(params, batch):
 
 PARAMS = {"hidden": [normal(3, 5), normal(5, 4)], "out": normal(4, 2)}
 BATCH = normal(N, 3), normal(N, 2)
-
-
-def counting(loss_fn):
-    """The loss, and by number of samples how often it was called."""
-    calls = collections.Counter()
-
-    def loss(params, batch):
-        calls[len(jax.tree.leaves(batch)[0])] += 1
-        return loss_fn(params, batch)
-
-    return loss, calls
 
 
 def test_equal_shapes_are_one_trace_and_one_discovery():
@@ -88,7 +77,7 @@ def test_the_loss_is_what_the_function_says():
     for loss_fn, has_aux in ((chain, False), (normalised, True)):
         loss = TracedLoss(loss_fn, has_aux)
 
-        def plain(params, batch, loss_fn=loss_fn, has_aux=has_aux):
+        def plain(params, batch, loss_fn=loss_fn, has_aux=has_aux) -> Any:
             return loss_fn(params, batch)[0] if has_aux else loss_fn(params, batch)
 
         for transform in (lambda f: f, jax.jit, jax.value_and_grad):

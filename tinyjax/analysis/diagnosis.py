@@ -138,12 +138,11 @@ def diagnose(
         require_unfrozen(sites, frozen)
         for site in sites:
             require_growable(site)
-    loss_of = TracedLoss(loss_fn, has_aux)
-    require_mean_in_parts(partial(loss_of.trace, params), batch)
+    require_mean_in_parts(partial(TracedLoss(loss_fn, has_aux).trace, params), batch)
     growable = sites.growable
     refused = Sites(site for site in sites if not site.growable)
     if not growable:
-        return Diagnosis({}, refused, float(loss_of(params, batch)))
+        return Diagnosis({}, refused, float(TracedLoss(loss_fn, has_aux)(params, batch)))
 
     # New heads are searched for in the slots of the old ones.
     counts = {site.name: min(num_neurons, site.capacity) if site.pattern else num_neurons for site in growable}

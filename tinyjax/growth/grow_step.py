@@ -35,7 +35,6 @@ from tinyjax.methods import (
     HowMany,
     Method,
     Neurons,
-    Squares,
     common_residual,
     is_function_preserving,
     needs,
@@ -127,7 +126,6 @@ def make_grow_step(
     if amplitude is None:
         amplitude = fixed(1.0) if is_function_preserving(method) else line_search
 
-    recipe = Recipe(loss_fn, has_aux, method, update, amplitude, update_amplitude, fill, orient)
     wanted_sums = needs(method, fill)
     draws = max(null_draws, wanted_sums.get("null_draws", 0))
     # Other updates, null draws and rules for how many may read what is projected otherwise.
@@ -136,12 +134,17 @@ def make_grow_step(
     options: dict[str, Any] = wanted_sums | {"null_draws": draws, "project": project}
 
     def statistics_of(
-        params: Params, batch: Any, inputs: Mapping[str, Inputs], asked: Mapping[str, Array], frozen: Frozen
+        loss: TracedLoss,
+        params: Params,
+        batch: Any,
+        inputs: Mapping[str, Inputs],
+        asked: Mapping[str, Array],
+        frozen: Frozen,
     ) -> dict[str, Statistics]:
         rows = {site.name: frozen_rows(site, frozen) for site in sites}
         chosen: dict[str, Any] = options | {"project": None} if any(rows.values()) else options
         found = estimate_batch(
-            TracedLoss(loss_fn, has_aux),
+            loss,
             params,
             batch,
             sites,
@@ -154,9 +157,6 @@ def make_grow_step(
             name: without_rows(_with_inputs(name, s, inputs.get(name)), rows[name])
             for name, s in found.statistics.items()
         }
-
-    def squares_of(params: Params, batch: Any) -> dict[str, Squares]:
-        return bounded_squares(TracedLoss(loss_fn, has_aux), params, batch, sites)
 
     def limited(site: Site, statistics: Statistics, wanted: Array) -> Array:
         if how_many is None:
@@ -177,20 +177,21 @@ def make_grow_step(
     ) -> tuple[Any, ...]:
         frozen = frozen_leaves(params, optimizer, trainable)
         require_unfrozen(sites, frozen)
-        parts = _parts(TracedLoss(loss_fn, has_aux), params, batch, sites)
+        loss = TracedLoss(loss_fn, has_aux)
+        recipe = Recipe(loss, method, update, amplitude, update_amplitude, fill, orient, frozen)
+        parts = _parts(loss, params, batch, sites)
         asked = {name: k > 0 for name, k in neurons.items()} if len(sites) > 1 else {}
-        found = statistics_of(params, parts.estimation, inputs, asked, frozen)
-        squares = squares_of(params, parts.estimation)
-        current = recipe.loss(params, parts.whole)
+        found = statistics_of(loss, params, parts.estimation, inputs, asked, frozen)
+        squares = bounded_squares(loss, params, parts.estimation, sites)
+        current = loss(params, parts.whole)
         rows = {}
         for index, site in enumerate(sites):
             if refresh and index:
-                found = statistics_of(params, parts.estimation, inputs, asked, frozen)
-                squares = squares_of(params, parts.estimation)
+                found = statistics_of(loss, params, parts.estimation, inputs, asked, frozen)
+                squares = bounded_squares(loss, params, parts.estimation, sites)
             site_key = None if key is None else jax.random.fold_in(key, index)
             exact = squares.get(site.name)
-            plan = recipe._replace(frozen=frozen)
-            one = partial(grow_site, plan, site, counts[site.name], parts, squares=exact, key=site_key)
+            one = partial(grow_site, recipe, site, counts[site.name], parts, squares=exact, key=site_key)
             wanted = limited(site, found[site.name], neurons[site.name])
             statistics = found[site.name]
             if "null_draws" not in wanted_sums:

@@ -6,7 +6,6 @@ whole batch does not rise. Everything is selected by `where`, so that one progra
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from jaxtyping import Array
 from tinyjax.core.params import Params, named_leaves
 from tinyjax.core.site import Kernel, Site
 from tinyjax.core.slots import free_slots, width
+from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.growth.batch_norm_birth import identity_at_birth, response_moments
 from tinyjax.growth.batch_split import BatchParts
 from tinyjax.growth.fitting import Update, call, fit_neurons, map_layers, polyak, unit_of
@@ -33,19 +33,14 @@ Amplitude = Callable[..., LineSearch]
 class Recipe(NamedTuple):
     """The static choices of a growth."""
 
-    loss_fn: Callable[..., Any]
-    has_aux: bool
+    loss: TracedLoss
     method: Method
     update: Update | None
     amplitude: Amplitude
     update_amplitude: Amplitude
     fill: Method | None
     orient: Callable[..., Neurons] | None
-    frozen: Frozen = MappingProxyType({})
-
-    def loss(self, params: Params, batch: Any) -> Array:
-        """The loss without aux."""
-        return self.loss_fn(params, batch)[0] if self.has_aux else self.loss_fn(params, batch)
+    frozen: Frozen
 
 
 def grow_site(
