@@ -31,7 +31,8 @@ from tinyjax.methods import (
     tiny,
 )
 from tinyjax.statistics.record import Statistics
-from tinyjax.surgery import Trainable, all_params, frozen_leaves, mark_frozen, require_unfrozen
+from tinyjax.surgery import Trainable, all_params, frozen_leaves
+from tinyjax.surgery.frozen import mark_frozen, require_unfrozen
 
 
 class Finding(NamedTuple):

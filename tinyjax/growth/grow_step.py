@@ -44,7 +44,8 @@ from tinyjax.methods import (
 from tinyjax.methods.solvers.ridge import held_out_best_update
 from tinyjax.methods.solvers.traits import require_array
 from tinyjax.statistics.record import Statistics, without_rows
-from tinyjax.surgery import Frozen, Trainable, all_params, frozen_leaves, frozen_rows, require_unfrozen
+from tinyjax.surgery import Frozen, Trainable, all_params, frozen_leaves
+from tinyjax.surgery.frozen import frozen_rows, require_unfrozen
 
 Orient = Callable[..., Neurons]
 

@@ -12,9 +12,6 @@ from tinyjax.surgery.capacity_policies import geometric as geometric
 from tinyjax.surgery.capacity_policies import multiple_of as multiple_of
 from tinyjax.surgery.frozen import Frozen as Frozen
 from tinyjax.surgery.frozen import frozen_leaves as frozen_leaves
-from tinyjax.surgery.frozen import frozen_rows as frozen_rows
-from tinyjax.surgery.frozen import mark_frozen as mark_frozen
-from tinyjax.surgery.frozen import require_unfrozen as require_unfrozen
 from tinyjax.surgery.pruning import prune as prune
 from tinyjax.surgery.resizing import compact as compact
 from tinyjax.surgery.resizing import resize as resize

@@ -33,6 +33,12 @@ def frozen_leaves(params: Params, optimizer: Any = None, trainable: Trainable = 
 
     Returns:
         Path of each frozen leaf, also of those frozen in part, -> why.
+
+    Example:
+        >>> labels = {"in": "train", "out": "freeze"}
+        >>> optimizer = optax.multi_transform({"train": optax.adam(1e-3), "freeze": optax.set_to_zero()}, labels)
+        >>> tinyjax.surgery.frozen_leaves({"in": jnp.ones((4, 8)), "out": jnp.ones((8, 3))}, optimizer)
+        {'out': 'the optimizer never moves it'}
     """
     trained = trained_names(trainable, params)
     outside = set(named_leaves(params)) - set(trained.values())
