@@ -31,8 +31,8 @@ from tinyjax.growth.checks import require_counts
 from tinyjax.growth.info import GrowthInfo
 from tinyjax.growth.optimizer.reset import require_state
 from tinyjax.surgery import Trainable, all_params, frozen_leaves, multiple_of, resize
-from tinyjax.surgery.frozen import mark_frozen, require_unfrozen
 from tinyjax.surgery.capacity_policies import Policy
+from tinyjax.surgery.frozen import mark_frozen, require_unfrozen
 from tinyjax.training.batch_queue import _BatchQueue
 from tinyjax.training.programs import _Compiled
 from tinyjax.training.schedules.basic import Schedule
