@@ -67,7 +67,7 @@ class Census:
         self._useful: set[Value] = set()  # made of parameters, and meets the activations
         self._open = self._find_open()
         self._endings: dict[Atom, list[_Ending]] = {}
-        self._met: dict[Atom, tuple[int, Op]] = {}  # with the leaf behind it, and the operation that meets it first
+        self._entered: dict[Atom, tuple[int, Op]] = {}  # with the leaf behind it, and the operation that meets it first
         self._pieces: dict[Atom, dict[Atom, None]] = {}  # what becomes of a dimension that is cut or concatenated
         self._cuts: set[Op] = set()
         self._mixed: set[Atom] = set()  # entries that depend on all of another dimension
@@ -83,11 +83,11 @@ class Census:
         self.missed = self._find_missed({root(dimension) for dimension in listed})
 
     def _find_missed(self, listed: set[Atom]) -> list[Missed]:
-        left = [atom for atom in self._met if atom not in listed and not self._is_accounted(atom)]
+        left = [atom for atom in self._entered if atom not in listed and not self._is_accounted(atom)]
         left = [atom for atom in left if not self._joined(atom) & listed]
         among = set(left)  # of a dimension and what it is cut into the first is listed
         first = [a for a in left if not any(b in among and b is not a for b in self._whole.get(a, ()))]
-        return [Missed(atom, *self._met[atom], self._reason(atom)) for atom in first]
+        return [Missed(atom, *self._entered[atom], self._reason(atom)) for atom in first]
 
     def _find_open(self) -> set[Value]:
         """Values behind which the model goes on: something else follows than sums and means on the way to the loss."""
@@ -123,7 +123,7 @@ class Census:
             if value in self._source and op.name in RULES and (self._multiplies(op) if alone else value.shape):
                 self._useful.add(value)
                 for a in _flat(axes):
-                    self._met.setdefault(a, (self._source[value], op))
+                    self._entered.setdefault(a, (self._source[value], op))
             elif not alone and value in self._observed.of_parameters and value not in self._source:
                 for atom in set(_flat(axes)) - kept - self._observed.copies:
                     self._endings.setdefault(atom, []).append(_Ending(op, i))
@@ -186,7 +186,7 @@ class Census:
     def _is_accounted(self, atom: Atom) -> bool:
         """Whether a dimension is one of the data, an output, or counts layers, pixels or entries of a store."""
         if atom not in self._accounted:
-            self._accounted[atom] = False  # while it is asked
+            self._accounted[atom] = False  # while it is looked into
             self._accounted[atom] = self._is_known(atom) or self._is_output(atom)
         return self._accounted[atom]
 
@@ -217,7 +217,7 @@ class Census:
 
     def _reason(self, atom: Atom) -> str:
         """What writes or reads a dimension in the place of a product with a parameter."""
-        leaf, op = self._met[atom]
+        leaf, op = self._entered[atom]
         name = self._model.names[leaf]
         if atom in self._model.obstructed:
             return self._model.obstructed[atom]

@@ -122,14 +122,14 @@ def discover(traced: Trace) -> Discovery:
     model = Dimensions(graph, axes, wiring, names, uses, obstructed)
     hidden = [dimension for dimension in model.leaves if model.is_hidden(dimension)]
     census = Census(model, hidden)
-    judged = [(model.first_op(dimension), dimension, classify(model, dimension)) for dimension in hidden]
-    judged += [(model.order[missed.op], None, (_missed(model, missed), ())) for missed in census.missed]
-    judged.sort(key=lambda one: one[0])
-    found = _named(model, [*(one for *_, one in judged), *_single(model), *_unseen(model, hidden, census.unseen)])
+    classified = [(model.first_op(dimension), dimension, classify(model, dimension)) for dimension in hidden]
+    classified += [(model.order[missed.op], None, (_missed(model, missed), ())) for missed in census.missed]
+    classified.sort(key=lambda one: one[0])
+    found = _named(model, [*(one for *_, one in classified), *_single(model), *_unseen(model, hidden, census.unseen)])
     paths = {site.name: paths for site, paths in found if site.growable}
     dimensions = {
         site.name: root(dimension)
-        for (_, dimension, _), (site, _) in zip(judged, found)
+        for (_, dimension, _), (site, _) in zip(classified, found)
         if dimension is not None and site.growable
     }
     return Discovery(Sites(site for site, _ in found), paths, graph, axes, dimensions)
@@ -167,18 +167,18 @@ def _single(model: Dimensions) -> list[tuple[Site, tuple[Path, ...]]]:
     return list(found.values())
 
 
-def _named(model: Dimensions, judged: Sequence[tuple[Site, tuple[Path, ...]]]) -> list[tuple[Site, tuple[Path, ...]]]:
+def _named(model: Dimensions, found: Sequence[tuple[Site, tuple[Path, ...]]]) -> list[tuple[Site, tuple[Path, ...]]]:
     """The sites with their names: of several behind one kernel, those that grow come first, then `name[1]`, ..."""
     taken: set[str] = set()
     names: dict[int, str] = {}
     siblings = _matrices_by_module(model)
-    for i in sorted(range(len(judged)), key=lambda i: not judged[i][0].growable):
-        site, _ = judged[i]
+    for i in sorted(range(len(found)), key=lambda i: not found[i][0].growable):
+        site, _ = found[i]
         name = site.name or _short_name(siblings, (*site.producers, *site.members)[0].leaf)
         candidates = (name if k == 0 else f"{name}[{k}]" for k in itertools.count())
         names[i] = next(candidate for candidate in candidates if candidate not in taken)  # a leaf may be called `w[1]`
         taken.add(names[i])
-    return [(dataclasses.replace(site, name=names[i]), paths) for i, (site, paths) in enumerate(judged)]
+    return [(dataclasses.replace(site, name=names[i]), paths) for i, (site, paths) in enumerate(found)]
 
 
 def _matrices_by_module(model: Dimensions) -> Counter[str]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE
-from tinyjax.discovery.graph.def_use import DefUse, is_view
+from tinyjax.discovery.graph.def_use import DefUse, is_layout
 from tinyjax.discovery.graph.graph import Op, Value
 
 _STEEP = frozenset("acos acosh asin atanh cbrt div integer_pow log log1p pow rsqrt sqrt".split())
@@ -52,7 +52,7 @@ def _operands(wiring: DefUse, value: Value) -> tuple[Value, ...]:
     op = wiring.made_by.get(value)
     if op is None or op.name == "scan_in":
         return ()
-    if is_view(op) or op.name == "broadcast_in_dim":
+    if is_layout(op):
         return op.ins[:1]
     return op.ins if op.eqn is not None and op.name in ELEMENTWISE else ()
 
@@ -63,4 +63,4 @@ def _from_operands(wiring: DefUse, value: Value, numbers: Sequence[Any]) -> Any:
     op = wiring.made_by.get(value)
     if op is None or not numbers or any(x is None for x in numbers):
         return None
-    return numbers[0] if is_view(op) or op.name == "broadcast_in_dim" else at_numbers(op, numbers)
+    return numbers[0] if is_layout(op) else at_numbers(op, numbers)

@@ -12,7 +12,7 @@ from tinyjax.discovery.graph.graph import Graph, Op, Value
 
 
 class Dimensions:
-    """Everything a single dimension is judged by.
+    """Everything by which a single dimension is classified.
 
     Attributes:
         leaves: for every dimension, the leaves it runs through as `(leaf, factor)`.

@@ -18,7 +18,7 @@ from tinyjax.discovery.dimensions.constant_folding import at_numbers
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE, RANDOM
 from tinyjax.discovery.dimensions.unification import root, roots
 from tinyjax.discovery.graph.flattening import flatten
-from tinyjax.discovery.graph.graph import MATMULS, VIEWS, Graph, Op, Value
+from tinyjax.discovery.graph.graph import LAYOUTS, MATMULS, VIEWS, Graph, Op, Value
 from tinyjax.discovery.graph.liveness import behind_loss
 from tinyjax.discovery.graph.tracing import Trace
 
@@ -183,7 +183,7 @@ def _numbers(graph: Graph, axes: Axes) -> Numbers:
             entries = [_entries(v, numbers) for v in op.ins]
             if op.eqn is not None and all(e is not None for e in entries):
                 numbers[op.outs[0]] = (at_numbers(op, entries),)
-        elif op.outs[0] in constant and op.name not in ELEMENTWISE | RANDOM | VIEWS | {"broadcast_in_dim"}:
+        elif op.outs[0] in constant and op.name not in ELEMENTWISE | RANDOM | LAYOUTS:
             numbers[op.outs[0]] = (None,)  # `jnp.linspace` and the like
     return numbers
 

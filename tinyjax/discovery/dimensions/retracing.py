@@ -224,7 +224,7 @@ def _groups(model: _Model) -> tuple[list[tuple[list[str], Trial, Trial]], dict[s
 
 
 def _divided(model: _Model, names: list[str], found: Trial | _Failed) -> list[list[str]]:
-    """A set of sites in parts where it cannot be judged as it is: by their kind, else in halves."""
+    """A set of sites in parts where it cannot be told as it is: by their kind, else in halves."""
     if isinstance(found, Trial) and not found.torn:
         return []
     kinds: dict[tuple[bool, ...], list[str]] = {}

@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from tinyjax.core.jaxprs import open_jaxpr
 from tinyjax.discovery.dimensions.constant_folding import at_numbers
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE, RANDOM
-from tinyjax.discovery.graph.graph import VIEWS, Graph, Op, Value
+from tinyjax.discovery.graph.graph import LAYOUTS, VIEWS, Graph, Op, Value
 from tinyjax.discovery.graph.known_functions import KNOWN_FUNCTIONS
 from tinyjax.discovery.graph.liveness import behind_loss
 
@@ -27,7 +27,6 @@ LARGEST = 2**22
 """Entries of a constant array that is still evaluated."""
 
 _NUMBERS = {"integer_pow": "y", "top_k": "k"}  # numbers that an operation keeps among its parameters
-_ARRANGED = VIEWS | {"broadcast_in_dim"}
 _FIRST_ONLY = frozenset("dynamic_slice gather".split())  # the other operands say where
 _FIRST_TWO = frozenset("dynamic_update_slice".split())
 _SCATTERS = frozenset("scatter scatter_add scatter-add scatter_mul scatter_min scatter_max scatter-mul".split())
@@ -201,7 +200,7 @@ def differences(old: Folded, new: Folded) -> list[Difference] | Structure:
 
 def _computing(folded: Folded) -> list[tuple[int, Op]]:
     """The operations that do more than rearrange entries."""
-    return [(i, op) for i, op in enumerate(folded.ops) if op.name == "scan_in" or op.name not in _ARRANGED]
+    return [(i, op) for i, op in enumerate(folded.ops) if op.name == "scan_in" or op.name not in LAYOUTS]
 
 
 def _says_where(op: Op, operand: int) -> bool:

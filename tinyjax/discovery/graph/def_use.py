@@ -70,13 +70,17 @@ class DefUse:
         value = self._copies.get(value, value)
         return self._origin.get(value, value)
 
+    def broadcast(self, value: Value) -> Value:
+        """The value that a value broadcasts or is a view of; of a leaf, the view of it."""
+        return self._broadcasts.get(value, value)
+
     def scalar(self, value: Value) -> Any:
         """The number that a value broadcasts, or None."""
-        return self._broadcasts.get(value, value).const
+        return self.broadcast(value).const
 
     def vector(self, value: Value) -> tuple[View, Value] | None:
         """The view that a value broadcasts, and the value that is this view."""
-        vector = value if value in self.views else self._broadcasts.get(value, value)
+        vector = value if value in self.views else self.broadcast(value)
         return (self.views[vector], vector) if vector in self.views else None
 
     def walk(self, starts: Iterable[Value]) -> "Walk":

@@ -11,6 +11,7 @@ VIEWS = frozenset(
     """reshape transpose squeeze convert_element_type copy copy_p sharding_constraint optimization_barrier name
     scan_in""".split()
 )
+LAYOUTS = VIEWS | {"broadcast_in_dim"}  # and those that repeat entries
 ADDITIONS = frozenset({"add", "add_any"})
 SUMS = ADDITIONS | {"sub"}
 

@@ -13,7 +13,7 @@ from tinyjax.discovery.dimensions.dimensions import Dimensions, kernel_atoms
 from tinyjax.discovery.dimensions.primitives import BETWEEN_ACTIVATIONS, ELEMENTWISE, REDUCTIONS, contraction
 from tinyjax.discovery.dimensions.products import Product, aligned
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
-from tinyjax.discovery.graph.def_use import is_view
+from tinyjax.discovery.graph.def_use import is_layout
 from tinyjax.discovery.graph.graph import Address, Op, Value
 from tinyjax.discovery.kinds.attention_scores import _scores
 from tinyjax.discovery.kinds.hidden_layer import find_layer, static_reason
@@ -106,7 +106,7 @@ def _require_same(model: Dimensions, value: Value, dimension: Atom, op: Op) -> N
 
 def _require_apart(model: Dimensions, op: Op, scores: Op, dimension: Atom) -> None:
     """Raises unless an operation treats the scores of every head on their own."""
-    followed = op.name in ELEMENTWISE | REDUCTIONS | {"broadcast_in_dim"} or is_view(op)
+    followed = op.name in ELEMENTWISE | REDUCTIONS or is_layout(op)
     if op.eqn is None or op.scans != scores.scans or not followed:
         raise CannotGrow(f"its scores become weights through `{op.name}`, which cannot be followed")
     for axis in op.params["axes"] if op.name in REDUCTIONS else ():
@@ -133,13 +133,13 @@ def find_whole_heads(model: Dimensions, dimension: Atom) -> Verdict:
         if read.reason or len(read.paths) != 1 or read.paths[0].tangent is None:
             raise CannotGrow(f"of its values: {read.reason or 'more than one product makes them'}")
         path = _head_path(model, dimension, inner, op, scored.paths[0], read.paths[0], (query, key, value))
-    except CannotGrow as unaligned:
-        return Verdict(f"it counts attention heads; {unaligned}")
-    known, met = {use.leaf for use in (query, key, value, *path.consumers)}, {**scored.roles, **read.roles}
+    except CannotGrow as refusal:
+        return Verdict(f"it counts attention heads; {refusal}")
+    known, roles = {use.leaf for use in (query, key, value, *path.consumers)}, {**scored.roles, **read.roles}
     for leaf, _ in model.leaves[dimension]:
-        if model.names[leaf] not in known and met.get(leaf) != "shift":
+        if model.names[leaf] not in known and roles.get(leaf) != "shift":
             return Verdict(f"it counts attention heads, and `{model.names[leaf]}` has an entry for each")
-    return Verdict("", (path,), [path.producer], path.consumers, met)
+    return Verdict("", (path,), [path.producer], path.consumers, roles)
 
 
 def _pair_uses(path: Path) -> tuple[Product, Product]:

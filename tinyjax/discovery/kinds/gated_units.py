@@ -17,8 +17,7 @@ from tinyjax.discovery.graph.graph import Op, Value
 from tinyjax.discovery.paths.activations import activation_between
 from tinyjax.discovery.paths.flow import Flow, follow_product
 from tinyjax.discovery.paths.kept_rows import ROW_BY_ROW
-from tinyjax.discovery.paths.refusals import CannotGrow as NotElementwise
-from tinyjax.discovery.paths.refusals import CannotGrow as Ungated
+from tinyjax.discovery.paths.refusals import CannotGrow
 
 
 class Gate(NamedTuple):
@@ -47,7 +46,7 @@ def pair_up(axes: Axes, wiring: DefUse, producers: Sequence[Product], dimension:
         dimension: the hidden dimension.
 
     Raises:
-        Ungated: with the reason.
+        CannotGrow: with the reason.
     """
     flows = [follow_product(axes, wiring, use, dimension) for use in producers]
     follows: dict[Value, list[int]] = {}
@@ -62,12 +61,12 @@ def pair_up(axes: Axes, wiring: DefUse, producers: Sequence[Product], dimension:
         joins = {second: _first_joint(flows[first], flows[second]) for second in sorted(near & left.keys())}
         partners = [second for second, op in joins.items() if op is not None]
         if len(partners) != 1 or producers[first].leaf == producers[partners[0]].leaf:
-            raise Ungated("2 producers, which do not meet pair by pair")
+            raise CannotGrow("2 producers, which do not meet pair by pair")
         (second,) = partners
         del left[second]
         pairs.append(_ordered(wiring, joins[second], *((producers[i], flows[i]) for i in (first, second))))
     if len({use.leaf for use, _ in pairs}) > 1:
-        raise Ungated("2 producers, each of which gates the other")
+        raise CannotGrow("2 producers, each of which gates the other")
     return pairs
 
 
@@ -87,24 +86,24 @@ def _ordered(
     """Which of two products is the gate of the other."""
     assert op is not None
     if op.name != "mul":
-        raise Ungated(f"2 producers, which meet in `{op.name}`")
+        raise CannotGrow(f"2 producers, which meet in `{op.name}`")
     sides = []
     for use, flow in (one, other):
         (value,) = (v for v in op.ins if v in flow.values)
         if flow.rows.mixing[value] != ROW_BY_ROW:
-            raise Ungated(f"2 producers of a gated unit; of `{use.leaf}`: {flow.rows.mixing[value]}")
+            raise CannotGrow(f"2 producers of a gated unit; of `{use.leaf}`: {flow.rows.mixing[value]}")
         if flow.poolings.before[value] or flow.factors.of[value] or flow.rows.modulated or flow.vectors.counted:
-            raise Ungated(f"2 producers of a gated unit, and more than an activation behind `{use.leaf}`")
+            raise CannotGrow(f"2 producers of a gated unit, and more than an activation behind `{use.leaf}`")
         silent = (empty := flow.empty.at.get(value)) is not None and float(empty) == 0
         sides.append(((not silent, flow.degrees.of.get(value) != 1), use, flow, value))
     if all(side[0][0] for side in sides):
-        raise Ungated("an empty neuron is not silent: neither factor of the gated unit is 0 at 0")
+        raise CannotGrow("an empty neuron is not silent: neither factor of the gated unit is 0 at 0")
     (_, up, _, _), (_, gate, flow, value) = sides if sides[0][0] <= sides[1][0] else sides[::-1]
     _require_single_joint(op, one[1], other[1])
     try:
         activation = activation_between(wiring, gate, value)
-    except NotElementwise as reason:
-        raise Ungated(f"2 producers of a gated unit, whose gate {reason}") from None
+    except CannotGrow as reason:
+        raise CannotGrow(f"2 producers of a gated unit, whose gate {reason}") from None
     return up, Gate(gate, flow, value, activation)
 
 
@@ -113,4 +112,4 @@ def _require_single_joint(joint: Op, a: Flow, b: Flow) -> None:
     for op in a.ops:  # an operation that makes a value of both reads one of `a`
         one_sided = any((v in a.values) != (v in b.values) for v in op.ins)
         if one_sided and op is not joint and any(v in a.values and v in b.values for v in op.outs):
-            raise Ungated(f"2 producers, which meet again in `{op.name}`")
+            raise CannotGrow(f"2 producers, which meet again in `{op.name}`")

@@ -20,8 +20,6 @@ from tinyjax.discovery.paths.image_geometry import is_rowwise, lay_out
 from tinyjax.discovery.paths.kept_rows import ROW_BY_ROW
 from tinyjax.discovery.paths.path import Path, Verdict, readers
 from tinyjax.discovery.paths.refusals import CannotGrow
-from tinyjax.discovery.paths.refusals import CannotGrow as NotElementwise
-from tinyjax.discovery.paths.refusals import CannotGrow as Ungated
 from tinyjax.discovery.paths.row_factors import lay_out_row_factor
 from tinyjax.discovery.paths.slopes import slope_at_empty
 from tinyjax.discovery.paths.slot_paths import find_tangent
@@ -70,15 +68,15 @@ def unwritten(model: Dimensions, dimension: Atom, consumers: Sequence[Product]) 
 def find_layer(
     model: Dimensions, dimension: Atom, producers: Sequence[Product], consumers: Sequence[Product]
 ) -> Verdict:
-    """The aligned producer-consumer pairs, the roles of the vectors met on the way, or why there are none."""
+    """The aligned producer-consumer pairs, the roles of the vectors along it, or why there are none."""
     paths, found, norms = [], {}, []
     kernels = (*producers, *consumers)
     accounted, kernel_leaves = {use.op for use in kernels}, {use.leaf for use in kernels}
     read, wanted = _by_input(consumers), sorted({c.leaf for c in consumers})
     try:
         pairs = _with_gates(model, dimension, producers)
-    except Ungated as ungated:
-        return Verdict(str(ungated))
+    except CannotGrow as refusal:
+        return Verdict(str(refusal))
     flows = []
     for producer, gate in pairs:
         gates = frozenset() if gate is None else frozenset({gate.value})
@@ -115,8 +113,8 @@ def find_layer(
         norms.append(norm)
         try:
             paths.append(_path(model, producer, mine, flow, dimension, gate))
-        except CannotGrow as unaligned:
-            return Verdict(str(unaligned))
+        except CannotGrow as refusal:
+            return Verdict(str(refusal))
     reached = [id(c) for path in paths for c in path.consumers]
     if len(reached) != len(consumers) or len(set(norms)) > 1:
         return Verdict("its consumers do not each read the output of one producer operation")
@@ -142,7 +140,7 @@ def _with_gates(model: Dimensions, dimension: Atom, producers: Sequence[Product]
     """The products to compute neurons for, each with its gate if the dimension is one of gated units.
 
     Raises:
-        Ungated: two producers that are no gated unit.
+        CannotGrow: two producers that are no gated unit.
     """
     if len({use.leaf for use in producers}) == 1:
         return [(use, None) for use in producers]
@@ -192,7 +190,7 @@ def _activation(model: Dimensions, producer: Product, read: Value) -> Callable[[
     """The elementwise function between a product and what its consumers read, or None."""
     try:
         return activation_between(model.wiring, producer, read)
-    except NotElementwise:
+    except CannotGrow:
         return None
 
 

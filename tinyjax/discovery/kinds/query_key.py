@@ -16,16 +16,14 @@ from tinyjax.discovery.dimensions.dimensions import Dimensions
 from tinyjax.discovery.dimensions.primitives import BETWEEN_ACTIVATIONS, has_views
 from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom, root
-from tinyjax.discovery.graph.def_use import is_view
-from tinyjax.discovery.graph.graph import ADDITIONS, VIEWS, Op
+from tinyjax.discovery.graph.def_use import is_layout
+from tinyjax.discovery.graph.graph import ADDITIONS, LAYOUTS, Op
 from tinyjax.discovery.kinds.attention_scores import HEAD, NORMED, QUERY_HEAD, SAMPLE, TOKEN, ScoreLayouts
 from tinyjax.discovery.paths.flow import follow_product
 from tinyjax.discovery.paths.mixing import is_norm
 from tinyjax.discovery.paths.path import Path, QueryKey, Verdict
 from tinyjax.discovery.paths.refusals import CannotGrow
 from tinyjax.discovery.paths.slot_paths import slot_path
-
-_LAYOUT = VIEWS | {"broadcast_in_dim"}
 
 
 def attends(model: Dimensions, scores: Op) -> bool:
@@ -42,7 +40,7 @@ def attends(model: Dimensions, scores: Op) -> bool:
 def find_pair(
     model: Dimensions, op: Op, producers: Sequence[Product], dimension: Atom
 ) -> tuple[Product, Product, QueryKey, dict[int, str], set[Op]]:
-    """The query's product and the scores as its consumer, the keys, the roles of vectors met, the operations seen.
+    """The query's product and the scores as its consumer, the keys, the roles of vectors, the operations seen.
 
     Raises:
         CannotGrow: with the reason.
@@ -103,7 +101,7 @@ def find_pair(
     )
     entries = {leaf: found for flow in flows for leaf, found in flow.vectors.entries.items()}
     for leaf, found in entries.items():
-        if len(found) > 1 or found[0].op.name not in ADDITIONS or found[0].through - _LAYOUT:
+        if len(found) > 1 or found[0].op.name not in ADDITIONS or found[0].through - LAYOUTS:
             acts = f"`{model.names[leaf]}` acts on queries or keys by `{found[0].op.name}`"
             raise CannotGrow(f"{acts}")
 
@@ -121,7 +119,7 @@ def _power(model: Dimensions, op: Op, before: Sequence[Op], capacity: int) -> fl
     """The p of a factor capacity^-p on queries, keys or scores; 0 where the factor is another."""
     value, after = op.outs[0], []
     while len(users := model.wiring.used_by.get(value, [])) == 1 and len(users[0].outs) == 1:
-        if not (is_view(users[0]) or users[0].name in ("mul", "div", "broadcast_in_dim")):
+        if not (is_layout(users[0]) or users[0].name in ("mul", "div")):
             break
         after.append(users[0])
         value = users[0].outs[0]
@@ -174,8 +172,8 @@ def find_query_key(model: Dimensions, scores: Op, producers: Sequence[Product], 
     """The path of a query-key dimension, or why it cannot grow."""
     try:
         producer, consumer, pair, found, seen = find_pair(model, scores, producers, dimension)
-    except CannotGrow as unaligned:
-        return Verdict(str(unaligned))
+    except CannotGrow as refusal:
+        return Verdict(str(refusal))
     for leaf, _ in model.leaves[dimension]:
         for op, _ in model.entries.get(leaf, ()):
             if op not in seen:

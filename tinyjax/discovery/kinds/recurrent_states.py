@@ -15,7 +15,7 @@ from tinyjax.discovery.dimensions.dimensions import Dimensions
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE
 from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
-from tinyjax.discovery.graph.def_use import is_view
+from tinyjax.discovery.graph.def_use import is_layout
 from tinyjax.discovery.graph.graph import Op, Scan, Value
 from tinyjax.discovery.paths.path import NONE
 from tinyjax.discovery.paths.refusals import CannotGrow
@@ -96,7 +96,7 @@ class States:
             self._sliced(op)
         elif op.name in ("slice", "rev", "concatenate", "stack"):
             self._cut(op)
-        elif op.name in ELEMENTWISE or op.name == "broadcast_in_dim" or is_view(op):
+        elif op.name in ELEMENTWISE or is_layout(op):
             self._mapped(op)
         else:
             raise CannotGrow(f"its states are mixed by `{op.name}` before they are read")
@@ -123,7 +123,7 @@ class States:
         numbers = [self.held[v].empty if v in self.held else self._model.wiring.scalar(v) for v in op.ins]
         if len({(held.steps, held.along) for held in inside}) > 1 or any(k is None for k in numbers):
             raise CannotGrow(f"its states meet another tensor in `{op.name}`")
-        if is_view(op) or op.name == "broadcast_in_dim":
+        if is_layout(op):
             self.held[op.outs[0]] = first
             return
         if is_steep(op, numbers, moving):

@@ -28,7 +28,7 @@ class Recurrence(NamedTuple):
 
     Attributes:
         cells: each with its consumers.
-        found: roles of the vectors met, by leaf.
+        found: roles of the vectors along it, by leaf.
         seen: the operations in which leaves enter that are accounted for.
     """
 
@@ -233,8 +233,8 @@ def find_recurrent_units(
     """The cells of a recurrent dimension, or why it cannot grow."""
     try:
         found = find_recurrence(model, dimension, producers, consumers)
-    except CannotGrow as unaligned:
-        return Verdict(f"{_how_it_recurs(model, producers, consumers)}, and {unaligned}")
+    except CannotGrow as refusal:
+        return Verdict(f"{_how_it_recurs(model, producers, consumers)}, and {refusal}")
     for leaf, _ in model.leaves[dimension]:
         for op, _ in model.entries.get(leaf, ()):
             if op not in found.seen:

@@ -254,16 +254,16 @@ def find_residual_stream(model: Dimensions, dimension: Atom, consumers: Sequence
     """The paths of a residual stream, one for each tensor that is read, or why it cannot grow."""
     try:
         found = find_stream(model, dimension)
-    except CannotGrow as unaligned:
+    except CannotGrow as refusal:
         count = num_writers(model, dimension)
-        if "tied embeddings" in str(unaligned) and "its consumers" in reason:  # each reads what another writes
-            return Verdict(str(unaligned))
+        if "tied embeddings" in str(refusal) and "its consumers" in reason:  # each reads what another writes
+            return Verdict(str(refusal))
         sums = sums_along(model, dimension)
         plain = count < 2 or not consumers or not sums or "meet again" in reason or "gate" in reason
         # Streams of images never grow: what else is wrong with one says more.
         plain |= "producers" not in reason and any(use.window for use in model.producing.get(dimension, []))
         how = " (a residual stream)" if is_residual(model, sums) else ", added up"
-        return Verdict(reason if plain else f"{count} producers{how}: {unaligned}")
+        return Verdict(reason if plain else f"{count} producers{how}: {refusal}")
     pairs = zip(found.branches, found.readers)
     paths = tuple(Path(found.writers[0], group, branches=branches) for branches, group in pairs)
     return Verdict("", paths, found.writers, readers(paths), found.roles, powers=found.powers, stream=found.stream)

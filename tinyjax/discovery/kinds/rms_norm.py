@@ -7,7 +7,7 @@ from tinyjax.discovery.dimensions.dimensions import Dimensions
 from tinyjax.discovery.dimensions.primitives import REDUCTIONS
 from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom, roots
-from tinyjax.discovery.graph.def_use import is_view
+from tinyjax.discovery.graph.def_use import is_layout, is_view
 from tinyjax.discovery.graph.graph import Op, Value
 from tinyjax.discovery.graph.known_functions import KNOWN_FUNCTIONS
 from tinyjax.discovery.paths.flow import Flow
@@ -76,7 +76,7 @@ def _divides(model: Dimensions, value: Value, size: int) -> bool:
     queue = [value]
     while queue:
         for user in model.wiring.used_by.get(v := queue.pop(), []):
-            if is_view(user) or user.name == "broadcast_in_dim":
+            if is_layout(user):
                 queue += user.outs
                 continue
             number = next((c for other in user.ins if (c := model.wiring.scalar(other)) is not None), None)

@@ -15,16 +15,16 @@ from jaxtyping import Array
 from tinyjax.discovery.dimensions.constant_folding import number_of
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE
 from tinyjax.discovery.dimensions.products import Product
-from tinyjax.discovery.graph.def_use import DefUse, is_view
+from tinyjax.discovery.graph.def_use import DefUse, is_layout
 from tinyjax.discovery.graph.graph import ADDITIONS, Op, Value
-from tinyjax.discovery.paths.refusals import CannotGrow as NotElementwise
+from tinyjax.discovery.paths.refusals import CannotGrow
 
 
 def activation_between(wiring: DefUse, use: Product, end: Value) -> Callable[[Array], Array]:
     """What lies between the pre-activation of a product, its bias added, and a later value, as an elementwise function.
 
     Raises:
-        NotElementwise: something else than elementwise operations of the pre-activation and constants.
+        CannotGrow: something else than elementwise operations of the pre-activation and constants.
     """
     (start,) = use.op.outs
     order: list[tuple[Op, tuple[Any, ...]]] = []  # operations in order, their operands as values or constants
@@ -35,9 +35,8 @@ def activation_between(wiring: DefUse, use: Product, end: Value) -> Callable[[Ar
         if value in done or value in wiring.views or number_of(wiring, value) is not None:
             return
         op = wiring.made_by.get(value)
-        view = op is not None and (is_view(op) or op.name == "broadcast_in_dim")
-        if op is None or not (view or op.name in ELEMENTWISE):
-            raise NotElementwise("depends on something else")
+        if op is None or not (is_layout(op) or op.name in ELEMENTWISE):
+            raise CannotGrow("depends on something else")
         stack.append((value, op, iter(op.ins)))
 
     enter(end)
@@ -50,7 +49,7 @@ def activation_between(wiring: DefUse, use: Product, end: Value) -> Callable[[Ar
             stack.pop()
             continue
         if wiring.vector(source) is not None and (use.bias is None or op.name not in ADDITIONS):
-            raise NotElementwise("has parameters of its own besides the bias")
+            raise CannotGrow("has parameters of its own besides the bias")
         enter(source)
 
     def scalar(z: Array) -> Array:
@@ -73,7 +72,7 @@ def _apply(op: Op, operands: Sequence[Any]) -> Any:
     """An elementwise operation on scalars."""
     if op.name == "convert_element_type":
         return operands[0].astype(op.outs[0].dtype)
-    if is_view(op) or op.name in ("broadcast_in_dim", "stop_gradient"):  # a copy moves with what it is a copy of
+    if is_layout(op) or op.name == "stop_gradient":  # a copy moves with what it is a copy of
         return operands[0]
     assert op.eqn is not None
     return op.eqn.primitive.bind(*operands, **op.params)

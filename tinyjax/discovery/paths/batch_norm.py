@@ -12,11 +12,10 @@ from tinyjax.core.site import Norm
 from tinyjax.discovery.dimensions.axes import Axes
 from tinyjax.discovery.dimensions.parameter_entries import Entry
 from tinyjax.discovery.graph.def_use import DefUse
-from tinyjax.discovery.graph.graph import SUMS, VIEWS, Op, Value
+from tinyjax.discovery.graph.graph import LAYOUTS, SUMS, Op, Value
 from tinyjax.discovery.paths.flow import Flow
 
 _ROOTS = frozenset({"sqrt", "rsqrt"})
-_TRANSPARENT = VIEWS | {"broadcast_in_dim"}
 
 
 def roles(flow: Flow) -> dict[int, str]:
@@ -71,10 +70,10 @@ def _role(flow: Flow, entry: Entry) -> str:
     averaged = bool(
         flow.rows.modulated and flow.poolings.fewest(op)
     )  # a statistic of a normalisation, not a pooled activation
-    if summed and averaged and not through - _TRANSPARENT - {"mul"}:
+    if summed and averaged and not through - LAYOUTS - {"mul"}:
         # a running average, times its momentum, and its new term
         return {1.0: "mean", 2.0: "var"}.get(flow.degrees.read(op, flow.along) or 0.0, "other")
-    if through - _TRANSPARENT and not _has_root(flow, op):
+    if through - LAYOUTS and not _has_root(flow, op):
         return "other"  # 1 + s, exp(s), ...: what an empty or a newborn slot should hold is not known
     if summed:
         return "other" if averaged else "shift"

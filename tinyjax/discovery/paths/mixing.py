@@ -3,7 +3,7 @@
 from tinyjax.discovery.dimensions.dimensions import Dimensions
 from tinyjax.discovery.dimensions.primitives import REDUCTIONS
 from tinyjax.discovery.dimensions.unification import Atom, roots
-from tinyjax.discovery.graph.def_use import DefUse, is_view
+from tinyjax.discovery.graph.def_use import DefUse, is_layout
 from tinyjax.discovery.graph.graph import Op, Value
 
 _SQUARES = ("square", "integer_pow", "mul")
@@ -64,7 +64,7 @@ def _readers(wiring: DefUse, value: Value) -> list[tuple[Op, bool]]:
         v, scaled = queue.pop()
         for user in wiring.used_by.get(v, []):
             number = user.name in _SCALINGS and any(wiring.scalar(other) is not None for other in user.ins)
-            if is_view(user) or user.name == "broadcast_in_dim" or number:
+            if is_layout(user) or number:
                 queue += [(out, scaled or number) for out in user.outs]
             else:
                 found.append((user, scaled))

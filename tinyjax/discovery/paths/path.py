@@ -274,7 +274,7 @@ class Verdict(NamedTuple):
         paths: the ways through it, none where it cannot.
         producers: the uses of the kernels that write it.
         consumers: the uses of the kernels that read it.
-        roles: of the vectors met on the way, by leaf.
+        roles: of the vectors along it, by leaf.
         norm: its batch normalisation, or None.
         powers: see `Site`.
         stream: of a residual stream.

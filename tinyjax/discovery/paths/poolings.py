@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from tinyjax.discovery.dimensions.primitives import REDUCTIONS
-from tinyjax.discovery.graph.def_use import DefUse, is_layout
+from tinyjax.discovery.graph.def_use import DefUse
 from tinyjax.discovery.graph.graph import Op, Value
 from tinyjax.discovery.paths.dataflow import Dataflow
 
@@ -54,9 +54,7 @@ def _divides_by_count(wiring: DefUse, op: Op, pools: tuple[Op, ...]) -> bool:
     """Whether a sum over windows, the last of some poolings, is divided by what the same sum makes of ones."""
     if op.name != "div" or not pools:
         return False
-    value = op.ins[1]
-    while (maker := wiring.made_by.get(value)) is not None and is_layout(maker):
-        value = maker.ins[0]
+    maker = wiring.made_by.get(wiring.broadcast(op.ins[1]))
     if maker is None or maker.name != "reduce_window_sum" or pools[-1].name != maker.name:
         return False
     return maker.params == pools[-1].params and wiring.scalar(maker.ins[0]) == 1

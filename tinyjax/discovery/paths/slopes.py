@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyjax.discovery.dimensions.constant_folding import at_numbers, number_of
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE
-from tinyjax.discovery.graph.def_use import DefUse, is_view
+from tinyjax.discovery.graph.def_use import DefUse, is_layout, is_view
 from tinyjax.discovery.graph.graph import SUMS, Op, Value
 from tinyjax.discovery.graph.known_functions import KNOWN_FUNCTIONS
 from tinyjax.discovery.paths.empty_slots import held
@@ -141,9 +141,9 @@ def _newborn(wiring: DefUse, flow: Flow, value: Value) -> Any:
     if value in wiring.views:
         return 1.0 if flow.along.is_vector(value) else None
     op = wiring.made_by.get(value)
-    if op is None or not (is_view(op) or op.name == "broadcast_in_dim" or op.name in ELEMENTWISE):
+    if op is None or not (is_layout(op) or op.name in ELEMENTWISE):
         return None
     operands = [_newborn(wiring, flow, v) for v in op.ins]
     if any(x is None for x in operands):
         return None
-    return operands[0] if is_view(op) or op.name == "broadcast_in_dim" else at_numbers(op, operands)
+    return operands[0] if is_layout(op) else at_numbers(op, operands)

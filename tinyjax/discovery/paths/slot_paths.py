@@ -15,7 +15,7 @@ from tinyjax.discovery.dimensions.axes import Axes
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE, contraction
 from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
-from tinyjax.discovery.graph.def_use import DefUse, is_view
+from tinyjax.discovery.graph.def_use import DefUse, is_layout, is_view
 from tinyjax.discovery.graph.graph import SUMS, Address, Op, Value
 from tinyjax.discovery.paths.flow import Flow
 from tinyjax.discovery.paths.path import Tangent
@@ -175,7 +175,7 @@ def same_along(axes: Axes, wiring: DefUse, value: Value, dimension: Atom) -> boo
     """Whether a tensor holds the same along a dimension, which it is broadcast over or does not have."""
     while any(a is dimension for axis in axes[value] for a in roots(axis)):
         op = wiring.made_by.get(value)
-        if op is None or not (is_view(op) or op.name == "broadcast_in_dim"):
+        if op is None or not is_layout(op):
             return False
         value = op.ins[0]
     return True
