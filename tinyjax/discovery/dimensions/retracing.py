@@ -206,10 +206,12 @@ def _groups(model: _Model) -> tuple[list[tuple[list[str], Trial, Trial]], dict[s
     queue, failures = [list(model.sites.names)] if model.sites else [], 0
     while queue:
         names = queue.pop(0)
-        found, ladder = model.trial(model.capacities(names, 0)), 0
+        found, ladder, other = model.trial(model.capacities(names, 0)), 0, None
         while isinstance(found, _Failed) and ladder < (4 if found.structure else 2):
+            other = found if found.structure else other
             ladder += 2
             found = model.trial(model.capacities(names, ladder))
+        found = other or found  # a program that is the same at some capacities and another at others
         parts = _divided(model, names, found) if len(names) > 1 and failures < FAILURES else []
         failures += bool(parts)
         if parts:
