@@ -181,6 +181,17 @@ def branch_of_the_program() -> Case:
     return dense({"w": "another program"}, apply)
 
 
+@case
+def branch_further_up() -> Case:
+    """The next capacity is the same program."""
+
+    def apply(p, x):
+        h = hidden(p, x)
+        return (h if p["w"].shape[1] <= 8 else 2 * h) @ p["u"]
+
+    return dense({"w": "another program"}, apply)
+
+
 # Sizes that are no values
 
 

@@ -36,6 +36,12 @@ def before(transformation):
     return optax.chain(optax.sgd(1e-2, momentum=0.9), transformation)
 
 
+def from_step(first, function):
+    """A transformation that begins later in a training."""
+    late = lambda g, count: jax.tree.map(lambda x: jnp.where(count >= first, function(x), x), g)  # noqa: E731
+    return optax.GradientTransformation(lambda p: jnp.zeros((), int), lambda g, s, p=None: (late(g, s), s + 1))
+
+
 def towards_the_mean(g, p):
     return jax.tree.map(lambda x, y: x + 0.1 * (y - y.mean()), g, p)
 
@@ -51,6 +57,9 @@ MIXING = {
     "a mean over all leaves": after(
         optax.stateless(lambda g, p: jax.tree.map(lambda x: x - sum(y.mean() for y in jax.tree.leaves(g)), g))
     ),
+    "large leaves centred": after(each(lambda x: x - x.mean() if x.size > 16 else x)),
+    "rows of many centred": after(each(lambda x: x - x.mean(-1, keepdims=True) if x.shape[-1] > 4 else x, 2)),
+    "centred later": before(from_step(3, lambda x: x - x.mean())),
     "one leaf of many": after(
         optax.masked(optax.centralize(), {"w": False, "c": False, "u": True, "d": False, "v": False})
     ),
@@ -64,6 +73,8 @@ SCALING = {
     "trust ratios": before(optax.scale_by_trust_ratio()),
     "lars": optax.lars(1e-2),
     "softsign of a leaf": before(each(lambda x: x / (jnp.abs(x).max() + 1e-8))),
+    "large leaves by their norm": after(each(lambda x: x / (jnp.linalg.norm(x) + 1e-8) if x.size > 16 else x)),
+    "scaled later": before(from_step(3, lambda x: x / (jnp.linalg.norm(x) + 1e-8))),
     "a mask of the true shapes": before(optax.stateless(lambda g, p: g | {"w": g["w"] * np.eye(5, 6)})),
 }
 

@@ -207,6 +207,22 @@ def test_activations_that_are_not_silent_at_zero(case, activation, unsilent_op):
         tinyjax.make_grow_step(loss, sites, num_neurons=1)(params, batch)  # the site of the tanh network
 
 
+@pytest.mark.parametrize(
+    "activation",
+    [
+        lambda x: jnp.cos(x + 1) - jnp.cos(1.0),
+        lambda x: jax.nn.sigmoid(x - 2.0) - jax.nn.sigmoid(jnp.asarray(-2.0)),
+        lambda x: jax.nn.softplus(x) - jax.nn.softplus(jnp.zeros(())),
+        lambda x: jnp.exp(x / jnp.sqrt(2.0)) - jnp.exp(jnp.zeros_like(x)),
+    ],
+    ids=["cos", "sigmoid", "softplus", "exp"],
+)
+def test_activations_whose_value_at_zero_is_computed_and_taken_off(case, activation):
+    params, batch, _ = case
+    site = tinyjax.find_sites(partial(loss_fn, activation=activation), params, batch)["w"]
+    assert site.growable, site.reason
+
+
 @pytest.mark.parametrize("k", [0, -1, 1.5, None])
 def test_numbers_of_neurons(case, k):
     params, batch, sites = case

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinyjax.discovery.dimensions.constant_folding import at_numbers, is_steep
+from tinyjax.discovery.dimensions.constant_folding import at_numbers, is_steep, number_of
 from tinyjax.discovery.dimensions.primitives import ELEMENTWISE
 from tinyjax.discovery.graph.def_use import is_layout
 from tinyjax.discovery.graph.graph import SUMS, Op, Value
@@ -101,7 +101,7 @@ def _at_hand(flow: Dataflow, at: Mapping[Value, Any], value: Value, shifts: bool
         return at[value]
     if value.const is None and shifts and flow.wiring.vector(value) is not None and flow.has_slots(value):
         return _zero(value)
-    return value.const
+    return number_of(flow.wiring, value)
 
 
 def _behind_layout(flow: Dataflow, at: Mapping[Value, Any], value: Value, shifts: bool) -> Value:

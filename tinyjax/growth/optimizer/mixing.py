@@ -5,7 +5,7 @@ that subtract a mean, whiten or project to low rank write what the other entries
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from tinyjax.core.jaxprs import open_jaxpr
 from tinyjax.core.params import Params, path_name
 
 STAND_IN = 4  # entries along an axis of a stand-in leaf; half of them are free
+LATE = 10_000  # steps at which it is tried too: what mixes may begin late in a training
 STEPS = 3  # the first starts from a blank state, the others do not
 
 DECOMPOSITIONS = frozenset("svd eigh eig qr geqrf householder_product lu cholesky schur fft".split())
@@ -34,15 +35,15 @@ def require_unmixed(optimizer: Any, params: Params, slots: Mapping[str, set[int]
         slots: by leaf path the axes along which slots lie; None for any axis of any leaf.
     """
     leaves, treedef = jax.tree.flatten(params)
-    shapes = [jnp.shape(x) for x in leaves]
     dtypes = [jnp.promote_types(jnp.result_type(x), jnp.float32).name for x in leaves]
-    small = [tuple(min(n, STAND_IN) for n in shape) for shape in shapes]
+    kinds = tuple((jnp.shape(x), dtype) for x, dtype in zip(leaves, dtypes))
+    small = tuple((tuple(min(n, STAND_IN) for n in shape), dtype) for shape, dtype in kinds)
     step = _step_of(optax.with_extra_args_support(optimizer))
     try:
-        decomposed = _decomposed(optimizer.init, step, treedef, tuple(zip(shapes, dtypes)))
+        operations = _operations(optimizer.init, step, treedef, kinds)
     except TypeError:  # it asks for arguments that only its own training loop has
         return
-    for name, operation in decomposed:
+    for name, operation in _decomposed(operations, params):
         if slots is None or name in slots:
             raise ValueError(
                 f"with this optimizer free slots would not stay free: it mixes the entries of `{name}` by "
@@ -50,9 +51,11 @@ def require_unmixed(optimizer: Any, params: Params, slots: Mapping[str, set[int]
                 "does it (a projection to low rank, a whitening?)"
             )
     try:
-        found = _moved(optimizer.init, step, treedef, tuple(zip(small, dtypes)))
+        alike = [name for name, _ in _operations(optimizer.init, step, treedef, small)] == [n for n, _ in operations]
     except (TypeError, ValueError):  # it holds an array of the true shapes, such as a mask
-        found = _moved(optimizer.init, step, treedef, tuple(zip(shapes, dtypes)))
+        alike = False
+    # What an optimizer does may depend on the size of a leaf.
+    found = _moved(optimizer.init, step, treedef, small if alike else kinds)
     for name, axis, size in found:
         if slots is None or axis in slots.get(name, ()):
             raise ValueError(
@@ -74,22 +77,26 @@ def _step_of(optimizer: optax.GradientTransformationExtraArgs) -> Callable[[Any,
 
 
 @functools.lru_cache(maxsize=64)
-def _decomposed(init: Any, step: Any, treedef: Any, kinds: Kinds) -> tuple[tuple[str, str], ...]:
-    """Leaves with the operations that decompose arrays of their size."""
+def _operations(init: Any, step: Any, treedef: Any, kinds: Kinds) -> tuple[tuple[str, int], ...]:
+    """The operations of a step, each with the size of its largest operand."""
     tree = treedef.unflatten([jax.ShapeDtypeStruct(*kind) for kind in kinds])
-    found = set(_decompositions(jax.make_jaxpr(step)(tree, jax.eval_shape(init, tree), tree).jaxpr))
-    leaves = [(path_name(path), leaf.size) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    return tuple((name, operation) for name, size in leaves for operation, other in sorted(found) if size == other)
+    return tuple(_inside(jax.make_jaxpr(step)(tree, jax.eval_shape(init, tree), tree).jaxpr))
 
 
-def _decompositions(jaxpr: Jaxpr) -> Iterator[tuple[str, int]]:
+def _inside(jaxpr: Jaxpr) -> Iterator[tuple[str, int]]:
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in DECOMPOSITIONS:
-            yield eqn.primitive.name, max(getattr(v.aval, "size", 0) for v in eqn.invars)
+        yield eqn.primitive.name, max((getattr(v.aval, "size", 0) for v in eqn.invars), default=0)
         parts = [part for value in eqn.params.values() for part in (value if isinstance(value, tuple) else (value,))]
         for part in parts:
             if isinstance(part, Jaxpr | ClosedJaxpr):
-                yield from _decompositions(open_jaxpr(part)[0])
+                yield from _inside(open_jaxpr(part)[0])
+
+
+def _decomposed(operations: Sequence[tuple[str, int]], params: Params) -> list[tuple[str, str]]:
+    """Leaves with the operations that decompose arrays of their size."""
+    known = sorted({operation for operation in operations if operation[0] in DECOMPOSITIONS})
+    leaves = [(path_name(path), jnp.size(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    return [(name, operation) for name, size in leaves for operation, other in known if size == other]
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,12 +118,19 @@ def _moved(init: Any, step: Any, treedef: Any, kinds: Kinds) -> tuple[tuple[str,
 
             params = draw()
             state, largest = init(params), np.zeros(len(kinds))
-            for _ in range(STEPS):
+            for i in range(STEPS + 1):
+                if i == STEPS:
+                    state = jax.tree.map(_late, state)
                 updates, state = step(draw(), state, params)
                 outside = [np.where(m, 0, np.abs(np.asarray(x))) for m, x in zip(live, jax.tree.leaves(updates))]
                 largest = np.fmax(largest, [np.max(np.nan_to_num(x, nan=np.inf), initial=0) for x in outside])
             found += [(name, axis, float(size)) for name, size in zip(names, largest) if size > 0]
         return tuple(found)
+
+
+def _late(x: Any) -> Any:
+    """A count of steps in a state, as it is late in a training."""
+    return jnp.full_like(x, LATE) if jnp.ndim(x) == 0 and jnp.issubdtype(x.dtype, jnp.integer) else x
 
 
 def _live(shape: tuple[int, ...], axis: int) -> np.ndarray:
