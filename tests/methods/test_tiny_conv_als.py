@@ -24,7 +24,7 @@ from tinyjax.methods.tiny_conv_als import (
 from tinyjax.statistics.averages import Moments
 from tinyjax.statistics.convolution.image_sums import conv_sums
 from tinyjax.statistics.convolution.linear_map import linear_move
-from tinyjax.statistics.sums import second_moments
+from tinyjax.statistics.sums import Extras, second_moments
 
 SAME = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 POINT = Window((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
@@ -48,7 +48,7 @@ def data(seed=0, n=30, size=5, channels=2, slots=2, outputs=3):
 def problem(consumer=SAME):
     @jax.jit
     def build(x, h, v):
-        sums = conv_sums(x, h, v, SAME, consumer, bias_prev=True, bias=True, offset_gram=True, chunk=4)
+        sums = conv_sums(x, h, v, SAME, consumer, bias_prev=True, bias=True, extras=Extras(offset_gram=True), chunk=4)
         mean = Moments(**jax.tree.map(lambda s: s.sum(0) / len(x), second_moments(sums)))
         return conv_problem(mean, solve(mean.gram, mean.cross))
 
@@ -204,7 +204,9 @@ def test_without_the_sums_it_says_what_to_pass():
 
 def test_a_site_too_wide_for_the_sums_says_so():
     x, h, v = (jnp.zeros((1, 3, 3, c)) for c in (300, 1, 1))
-    sums = functools.partial(conv_sums, producer=SAME, consumer=SAME, bias_prev=False, bias=False, offset_gram=True)
+    sums = functools.partial(
+        conv_sums, producer=SAME, consumer=SAME, bias_prev=False, bias=False, extras=Extras(offset_gram=True)
+    )
     with pytest.raises(ValueError, match="too wide for `offset_gram`: 24300 x 24300"):
         jax.eval_shape(sums, x, h, v)
 

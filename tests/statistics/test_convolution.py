@@ -25,6 +25,7 @@ from tinyjax.statistics.convolution.image_sums import Projection, conv_sums
 from tinyjax.statistics.convolution.lags import applies
 from tinyjax.statistics.convolution.linear_map import linear_move
 from tinyjax.statistics.convolution.strategies import ConvPair, Sizes, by_lags, by_patches, choose
+from tinyjax.statistics.sums import Extras
 
 EVERY = pytest.mark.parametrize("name", GEOMETRIES)
 
@@ -52,7 +53,7 @@ def test_sums_equal_loops_over_pixels(name, way):
     geo, index = GEOMETRIES[name], list(GEOMETRIES).index(name)
     bias_prev, bias = index % 2 == 0, index // 2 % 2 == 0  # both, either, none, in turn
     data = arrays(geo, n=5)
-    found = fast_sums(*data, geo, bias_prev, bias, (("energy_matrix", True), ("chunk", 2), ("way", way)))
+    found = fast_sums(*data, geo, bias_prev, bias, (("extras", Extras(energy_matrix=True)), ("chunk", 2), ("way", way)))
     for field, expected in slow_sums(*data, geo, bias_prev, bias).items():
         assert_close(getattr(found, field), expected)
 
@@ -159,7 +160,7 @@ def test_one_sample_is_the_even_half():
 def test_sums_are_at_least_float32(dtype, expected, way):
     geo = GEOMETRIES["1-1-SAME-SAME"]
     data = [jnp.asarray(a, dtype) for a in arrays(geo)]
-    found = fast_sums(*data, geo, options=(("energy_matrix", True), ("way", way)))
+    found = fast_sums(*data, geo, options=(("extras", Extras(energy_matrix=True)), ("way", way)))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {expected}
     exact = slow_sums(*(np.asarray(a, np.float64) for a in data), geo, True, True)
     assert_close(found.gram_prev, exact["gram_prev"], 1e-5 if expected == "float32" else 1e-12)

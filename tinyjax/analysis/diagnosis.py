@@ -20,6 +20,7 @@ from tinyjax.discovery.sites import find_sites
 from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.conv_squares import bounded_squares
 from tinyjax.estimation.estimator import estimate_batch
+from tinyjax.estimation.options import SumOptions
 from tinyjax.methods import (
     Squares,
     best_update,
@@ -169,7 +170,7 @@ def _measure(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The loss and the summary of every site."""
     loss = TracedLoss(loss_fn, has_aux)
-    found = estimate_batch(loss, params, batch, sites, num_gates=counts)
+    found = estimate_batch(loss, params, batch, sites, SumOptions(num_gates=counts))
     squares = bounded_squares(loss, params, batch, sites)
     summaries = {}
     for site in sites:

@@ -194,7 +194,7 @@ def _statistics(pair: _Connection, captured: Captured, num_samples: int) -> Stat
     b, h = (_rows(use, captured.inputs) for use in pair)
     v = -num_samples * pair.target.outputs.to_matrix(captured.gradients[pair.target.op.path]).astype(h.dtype)
     bias = pair.target.bias is not None
-    sums = row_sums(b, h, v, num_samples, bias_prev=False, bias=bias, energy_matrix=False)
+    sums = row_sums(b, h, v, num_samples, bias_prev=False, bias=bias)
     return Statistics(
         count=jnp.array([(num_samples + 1) // 2, num_samples // 2], h.dtype),
         **vars(sums),

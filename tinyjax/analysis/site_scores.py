@@ -22,6 +22,7 @@ from tinyjax.core.params import Params
 from tinyjax.core.site import Site, as_sites
 from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.estimator import estimate_batch
+from tinyjax.estimation.options import SumOptions
 from tinyjax.methods import Method, Neurons, in_outputs, is_stochastic, needs, orthonormal, refit, tiny0, with_ridges
 from tinyjax.methods.solvers.ridge import held_out_best_update
 from tinyjax.statistics.record import Statistics
@@ -172,7 +173,8 @@ def score_sites(
     def loss_fn(params: Params, batch: Any) -> Array:
         return objective(model(params, batch), batch)
 
-    found = estimate_batch(TracedLoss(loss_fn), params, fitting, sites, num_gates=counts, **needs(method)).statistics
+    options = SumOptions(num_gates=counts, **needs(method))
+    found = estimate_batch(TracedLoss(loss_fn), params, fitting, sites, options).statistics
     scores = {}
     for index, site in enumerate(sites):
         fit = partial(_fit, method, update, counts[site.name])

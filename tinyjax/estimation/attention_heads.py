@@ -94,7 +94,7 @@ def _search(params: Params, site: Site, path: Path, captured: Captured, num_samp
 
     for _ in site.stack:
         update, search = jax.vmap(update), jax.vmap(search)
-    delta = update(site_sums(params, site, (path,), captured, num_samples, False))
+    delta = update(site_sums(params, site, (path,), captured, num_samples))
     tokens = _tokens(site, path, head, captured, num_samples, delta)
     query, key = search(tokens, {address: captured.inputs[address] for address in head.replay.taps})
     query, key = (jnp.moveaxis(x, -3, -1).swapaxes(-3, -2) for x in (query, key))  # (heads, D, k) -> (k, D, heads)

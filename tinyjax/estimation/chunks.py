@@ -24,13 +24,12 @@ from tinyjax.core.windows import num_offsets
 from tinyjax.discovery.graph.tracing import Trace
 from tinyjax.discovery.sites import Discovery, paths_of
 from tinyjax.discovery.traced_loss import TracedLoss
+from tinyjax.estimation.options import SumOptions
 from tinyjax.estimation.recording import Captured
 from tinyjax.estimation.rows import capture_paths
 from tinyjax.estimation.summation import projection, site_sums
 from tinyjax.estimation.third_moments import Residual, even_part, find_residual, third_sums
-from tinyjax.methods.solvers.best_update import Ridge
 from tinyjax.statistics.convolution.image_sums import LINK_LIMIT, Projection, exact_projection
-from tinyjax.statistics.dense import null_signs
 from tinyjax.statistics.merging import merge
 from tinyjax.statistics.record import Statistics
 from tinyjax.statistics.slices import energy_alone, keep_half
@@ -53,11 +52,8 @@ class Step(NamedTuple):
 
     loss: TracedLoss
     sites: Sites
-    energy_matrix: bool
-    offset_gram: bool
-    null_draws: int
+    options: SumOptions
     gates: Mapping[str, Array | Pattern]
-    project: Ridge | None = None
     updates: Mapping[str, Projection] = MappingProxyType({})  # of wide sites: what N is projected against
     residuals: Mapping[str, Residual] = MappingProxyType({})  # of which to take third moments
     asked: Mapping[str, Array] = MappingProxyType({})  # whether a site's sums are wanted at all; default: they are
@@ -67,12 +63,11 @@ class Step(NamedTuple):
         paths = {site.name: paths_of(discovery, site) for site in self.sites}
         captured = capture_paths(traced, params, batch, [path for found in paths.values() for path in found])
         num_samples = traced.num_samples
-        signs = null_signs(self.null_draws, first, num_samples) if self.null_draws else None
-        options = num_samples, self.energy_matrix, signs, self.offset_gram
+        extras = self.options.extras(first, num_samples)
 
         def sums_of(site: Site, captured: Captured) -> Statistics:
-            chosen = self.gates.get(site.name), self.updates.get(site.name), self.project
-            return site_sums(params, site, paths[site.name], captured, *options, *chosen)
+            chosen = self.gates.get(site.name), self.updates.get(site.name), self.options.project
+            return site_sums(params, site, paths[site.name], captured, num_samples, extras, *chosen)
 
         sums = {
             site.name: _if_asked(self.asked.get(site.name), partial(sums_of, site), captured) for site in self.sites
@@ -91,13 +86,15 @@ def _if_asked(asked: Array | None, sums: Callable[[Captured], Statistics], captu
     return jax.lax.cond(asked, sums, lambda found: energy_alone(sums(found)), captured)
 
 
-def with_thirds(step: Step, sums: Callable[[Step], Estimate], discovery: Discovery, num_outputs: int) -> Estimate:
-    """The sums of a first pass, and third moments of its residual from a second."""
+def with_thirds(step: Step, sums: Callable[[Step], Estimate], discovery: Discovery) -> Estimate:
+    """The sums of a first pass, and third moments of its residual from a second, where they are asked for."""
+    if not step.options.third_moments:
+        return sums(step)
     curvatures = {site.name: even_part(site, paths_of(discovery, site)) for site in step.sites}
     found = sums(step)
     residuals = {}
     for site in step.sites:
-        find = partial(find_residual, num_outputs=num_outputs)
+        find = partial(find_residual, num_outputs=step.options.third_moments)
         for _ in site.stack:
             find = jax.vmap(find)
         residuals[site.name] = find(found.statistics[site.name])
@@ -121,7 +118,8 @@ def sums_in_chunks(
     first: Array | int,
 ) -> Estimate:
     """The sums of all chunks: in one pass, or in two where N has to be projected against the update of all samples."""
-    project, step = step.project, step._replace(project=None)  # a second pass costs more than links do
+    project = step.options.project
+    step = step._replace(options=dataclasses.replace(step.options, project=None))  # a second pass costs more than links
     scan = partial(_scan, traced=traced, discovery=discovery, params=params, batch=batch, num_samples=num_samples)
     wide = _wide(discovery, step.sites)
     if not wide:

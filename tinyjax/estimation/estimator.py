@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 from jaxtyping import Array
 
@@ -12,14 +12,13 @@ from tinyjax.core.kernels import require_growable
 from tinyjax.core.neurons import Pattern
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites, as_sites
-from tinyjax.core.whole_numbers import whole_number
 from tinyjax.discovery.dimensions.loss_form import coupling, require_mean, require_mean_in_parts
 from tinyjax.discovery.graph.flattening import num_numbers
 from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.attention_heads import search_patterns
 from tinyjax.estimation.chunks import Estimate, Step, sums_in_chunks, with_thirds
 from tinyjax.estimation.gated_units import search_gates
-from tinyjax.methods.solvers.best_update import Ridge
+from tinyjax.estimation.options import DEFAULTS, EstimateOptions, SumOptions
 from tinyjax.statistics.merging import merge
 from tinyjax.statistics.record import Statistics
 
@@ -35,14 +34,7 @@ def estimate(
     sites: Site,
     *,
     has_aux: bool = ...,
-    energy_matrix: bool = ...,
-    offset_gram: bool = ...,
-    null_draws: int = ...,
-    num_gates: int | Mapping[str, int] = ...,
-    third_moments: int = ...,
-    chunk: int | None = ...,
-    micro_batch: int | None = ...,
-    project: Ridge | None = ...,
+    **options: Unpack[EstimateOptions],
 ) -> Statistics: ...
 
 
@@ -54,14 +46,7 @@ def estimate(
     sites: Sequence[Site],
     *,
     has_aux: bool = ...,
-    energy_matrix: bool = ...,
-    offset_gram: bool = ...,
-    null_draws: int = ...,
-    num_gates: int | Mapping[str, int] = ...,
-    third_moments: int = ...,
-    chunk: int | None = ...,
-    micro_batch: int | None = ...,
-    project: Ridge | None = ...,
+    **options: Unpack[EstimateOptions],
 ) -> dict[str, Statistics]: ...
 
 
@@ -72,14 +57,7 @@ def estimate(
     sites: Site | Sequence[Site],
     *,
     has_aux: bool = False,
-    energy_matrix: bool = False,
-    offset_gram: bool = False,
-    null_draws: int = 0,
-    num_gates: int | Mapping[str, int] = 1,
-    third_moments: int = 0,
-    chunk: int | None = None,
-    micro_batch: int | None = None,
-    project: Ridge | None = None,
+    **options: Unpack[EstimateOptions],
 ) -> Statistics | dict[str, Statistics]:
     """The sums of `Statistics` at the current parameters.
 
@@ -127,25 +105,16 @@ def estimate(
     """
     batches = batch if isinstance(batch, Iterator) else iter((batch,))
     total: dict[str, Statistics] = {}
-    options: dict[str, Any] = dict(
-        energy_matrix=energy_matrix,
-        offset_gram=offset_gram,
-        null_draws=null_draws,
-        num_gates=num_gates,
-        third_moments=third_moments,
-        chunk=chunk,
-        micro_batch=micro_batch,
-        project=project,
-    )
+    chosen = SumOptions(**options)
     loss, first = TracedLoss(loss_fn, has_aux), 0
     for one in batches:
         if first == 0 and isinstance(batch, Iterator):
             require_mean_in_parts(partial(loss.trace, params), one)
-        found = estimate_batch(loss, params, one, sites, first=first, **options).statistics
+        found = estimate_batch(loss, params, one, sites, chosen, first=first).statistics
         first += batch_size(one)
         if total and any(s.gates is not None for s in found.values()):
             raise ValueError("gates and patterns of new heads are looked for in one batch: pass one, not an iterator")
-        if total and third_moments:
+        if total and chosen.third_moments:
             raise ValueError("third moments belong to the residual of one batch: pass one, not an iterator")
         if total and any(s.link is None for s in found.values()):
             raise ValueError(
@@ -162,15 +131,8 @@ def estimate_batch(
     params: Params,
     batch: Any,
     sites: Site | Sequence[Site],
+    options: SumOptions = DEFAULTS,
     *,
-    energy_matrix: bool = False,
-    offset_gram: bool = False,
-    null_draws: int = 0,
-    num_gates: int | Mapping[str, int] = 1,
-    third_moments: int = 0,
-    chunk: int | None = None,
-    micro_batch: int | None = None,
-    project: Ridge | None = None,
     asked: Mapping[str, Array] | None = None,
     first: Array | int = 0,
 ) -> Estimate:
@@ -178,20 +140,11 @@ def estimate_batch(
 
     `first` is the index of its first sample. The sums of a site whose `asked` () is false are zeros but for the energy.
     """
-    if whole_number(null_draws, "`null_draws`") < 0:
-        raise ValueError(f"`null_draws` must be >= 0, got {null_draws}")
-    if whole_number(third_moments, "`third_moments`") < 0:
-        raise ValueError(f"`third_moments` must be >= 0, got {third_moments}")
-    if project is not None and null_draws:
-        raise ValueError("`null_draws` are made of `link`, which `project` leaves out: pass one of them")
     sites = as_sites(sites)
     for site in sites:
         require_growable(site)
     num_samples = batch_size(batch)
-    if chunk is not None and (whole_number(chunk, "`chunk`") < 2 or chunk % 2):
-        raise ValueError(f"`chunk` must be an even number of samples, got {chunk}")
-    if micro_batch is not None:
-        _check_micro_batch(micro_batch, chunk)
+    chunk, micro_batch = options.chunk, options.micro_batch
     even = 2 * -(-num_samples // (2 * num_chunks(num_samples)))  # chunks as equal as can be
     size = min(micro_batch or chunk or even, num_samples)
     gated = Sites(site for site in sites if site.gate is not None)
@@ -200,9 +153,8 @@ def estimate_batch(
     gates: dict[str, Array | Pattern] = {}
     for search, found in ((search_gates, gated), (search_patterns, whole_heads)):
         if found:
-            gates |= search(loss, params, some, found, per_site(sites, num_gates))
-    sums = energy_matrix or third_moments > 0, offset_gram, null_draws
-    step = Step(loss, sites, *sums, gates, project, asked=asked or {})
+            gates |= search(loss, params, some, found, per_site(sites, options.num_gates))
+    step = Step(loss, sites, options, gates, asked=asked or {})
     in_parts = size < num_samples and (chunk is not None or micro_batch is not None)
     whole = None if in_parts else loss.trace(params, batch)
     if size < num_samples and (whole is None or num_numbers(whole) > AT_ONCE):
@@ -220,23 +172,16 @@ def estimate_batch(
             def in_chunks(step: Step) -> Estimate:
                 return sums_in_chunks(step, traced, discovery, params, batch, num_samples, size, first)
 
-            return in_chunks(step) if not third_moments else with_thirds(step, in_chunks, discovery, third_moments)
+            return with_thirds(step, in_chunks, discovery)
     assert whole is not None, "a loss that couples its samples is refused a `chunk`"
     discovery = loss.discover(params, batch)
 
     def at_once(step: Step) -> Estimate:
         return step(whole, discovery, params, batch, first)
 
-    return at_once(step) if not third_moments else with_thirds(step, at_once, discovery, third_moments)
+    return with_thirds(step, at_once, discovery)
 
 
 def num_chunks(num_samples: int) -> int:
     """How many passes of at most `DEFAULT_CHUNK` samples a batch takes."""
     return -(-num_samples // DEFAULT_CHUNK)
-
-
-def _check_micro_batch(micro_batch: int, chunk: int | None) -> None:
-    if chunk is not None:
-        raise ValueError("`micro_batch` and `chunk` both say how many samples pass at a time: leave one out")
-    if whole_number(micro_batch, "`micro_batch`") < 2 or micro_batch % 2:
-        raise ValueError(f"`micro_batch` must be an even number of samples, got {micro_batch!r}")

@@ -48,7 +48,7 @@ def search_gates(
     captured = capture_paths(traced, params, batch, [path for found in paths.values() for path in found])
     found = {}
     for site in sites:
-        statistics = site_sums(params, site, paths[site.name], captured, traced.num_samples, False)
+        statistics = site_sums(params, site, paths[site.name], captured, traced.num_samples)
         update = functools.partial(best_update, ridge=held_out_update)
         activation = paths[site.name][0].activation
         assert activation is not None

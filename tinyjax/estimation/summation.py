@@ -28,7 +28,7 @@ from tinyjax.statistics.dense import halves, row_sums, tangent_sums, with_consta
 from tinyjax.statistics.query_key import score_sums
 from tinyjax.statistics.record import Statistics
 from tinyjax.statistics.residual_stream import side_by_side
-from tinyjax.statistics.sums import Sums, negated
+from tinyjax.statistics.sums import USUAL, Extras, Sums, negated
 
 
 def site_sums(
@@ -37,16 +37,14 @@ def site_sums(
     paths: Sequence[Path],
     captured: Captured,
     num_samples: int,
-    energy_matrix: bool,
-    signs: Array | None = None,
-    offset_gram: bool = False,
+    extras: Extras = USUAL,
     gates: Array | Pattern | None = None,
     update: Projection | None = None,
     project: Ridge | None = None,
 ) -> Statistics:
     """The record of one site from what its paths captured; a leaf used twice adds its rows.
 
-    With `signs` (R, n) also its null sums. With `gates` (*stack, B, C), the record of a gated unit for these gates;
+    With `gates` (*stack, B, C), the record of a gated unit for these gates;
     without, as if its gate were 1. With a `Pattern`, that of these new heads; without, of one that attends uniformly.
     Where no `link` is formed, N is projected against `update`; None: against the best one of these samples. With
     `project`, its ridge, convolutions form no `link`, nor N~.
@@ -59,7 +57,7 @@ def site_sums(
     if project is not None and len(paths) == 1:
         once = partial(projection, project, site, params, num_samples)
         conv = {"project": once, "asked": False, "link_limit": 0} | conv
-    options = num_samples, energy_matrix, signs, offset_gram, gates, conv, shares
+    options = num_samples, extras, gates, conv, shares
     slopes = [path.slope() if path.tangent is None else path.tangent.sign for path in paths]
     parts = [_path_sums(site, path, captured, *options) for path in paths]
     # What is carried along a tangent has its sign.
@@ -127,9 +125,7 @@ def _path_sums(
     path: Path,
     captured: Captured,
     num_samples: int,
-    energy_matrix: bool,
-    signs: Array | None,
-    offset_gram: bool,
+    extras: Extras,
     gates: Array | Pattern | None,
     conv: Mapping[str, Any],
     shares: tuple[float, ...] | None,
@@ -138,45 +134,24 @@ def _path_sums(
     if path.pair is not None:
         return _pair_sums(site, path, path.pair, captured, num_samples)
     if path.branches:
-        return _reader_sums(path, captured, num_samples, energy_matrix, signs, offset_gram)
+        return _reader_sums(path, captured, num_samples, extras)
     x, h, v, weight, gating = path_rows(site, path, captured, num_samples)
     bias_prev, bias = producers_have_bias(site), consumers_have_bias(site)
     if path.tangent is not None:
         recorded = {address: captured.inputs[address] for address in path.tangent.taps}
         seen = carry(path.tangent, with_constant(x, bias_prev), recorded)
-        return tangent_sums(
-            seen,
-            h,
-            v,
-            num_samples,
-            heads=heads_of(site),
-            bias=bias,
-            energy_matrix=energy_matrix,
-            signs=signs,
-            offset_gram=offset_gram,
-        )
+        return tangent_sums(seen, h, v, num_samples, heads=heads_of(site), bias=bias, extras=extras)
     if path.head is not None:
         assert not isinstance(gates, Array)
         seen = head_inputs(site, path.head, with_constant(x, bias_prev), captured, gates)
         seen = seen.reshape(*seen.shape[:-2], -1)
-        return row_sums(seen, h, v, num_samples, bias_prev=False, bias=bias, energy_matrix=energy_matrix)
+        return row_sums(seen, h, v, num_samples, bias_prev=False, bias=bias, extras=Extras(extras.energy_matrix))
     if path.geometry is None:
         assert not isinstance(gates, Pattern)
         if gates is not None and gating is not None and path.activation is not None:
             opened = path.activation(matmul(gating, gates.astype(x.dtype)))
             weight = opened if weight is None else weight * opened
-        sums = row_sums(
-            x,
-            h,
-            v,
-            num_samples,
-            bias_prev=bias_prev,
-            bias=bias,
-            weight=weight,
-            energy_matrix=energy_matrix,
-            signs=signs,
-            offset_gram=offset_gram,
-        )
+        sums = row_sums(x, h, v, num_samples, bias_prev=bias_prev, bias=bias, weight=weight, extras=extras)
         if shares is None:
             return sums
         energy = jnp.sum(halves(v, num_samples) ** 2 / jnp.array(shares, v.dtype), axis=(-2, -1))
@@ -191,9 +166,7 @@ def _path_sums(
         between=geometry.between,
         bias_prev=bias_prev,
         bias=bias,
-        energy_matrix=energy_matrix,
-        offset_gram=offset_gram,
-        signs=signs,
+        extras=extras,
         **conv,
     )
 
@@ -220,9 +193,7 @@ def _pair_sums(site: Site, path: Path, pair: QueryKey, captured: Captured, num_s
     return jax.tree.map(lambda x: jnp.squeeze(x, depth), sums)  # one key for all heads: no layers
 
 
-def _reader_sums(
-    path: Path, captured: Captured, num_samples: int, energy_matrix: bool, signs: Array | None, offset_gram: bool
-) -> Sums:
+def _reader_sums(path: Path, captured: Captured, num_samples: int, extras: Extras) -> Sums:
     """The sums of the readers of one tensor of a residual stream."""
     first = path.consumers[0]
     h = captured_matrix(first.inputs, captured.inputs[first.op.path])
@@ -234,9 +205,7 @@ def _reader_sums(
         num_samples,
         bias_prev=False,
         bias=all(c.bias is not None for c in path.consumers),
-        energy_matrix=energy_matrix,
-        signs=signs,
-        offset_gram=offset_gram,
+        extras=extras,
     )
 
 

@@ -23,6 +23,7 @@ from tinyjax.discovery.dimensions.loss_form import require_mean
 from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.conv_squares import bounded_squares
 from tinyjax.estimation.estimator import estimate_batch
+from tinyjax.estimation.options import SumOptions
 from tinyjax.growth.batch_split import BatchParts, split_batch
 from tinyjax.growth.checks import by_name, check_static, check_wanted
 from tinyjax.growth.fitting import Update, map_layers
@@ -132,7 +133,8 @@ def make_grow_step(
     # Other updates, null draws and rules for how many may read what is projected otherwise.
     usual = update is held_out_best_update and how_many is None and not draws
     project = common_residual(method, fill) if usual else None
-    options: dict[str, Any] = wanted_sums | {"null_draws": draws, "project": project}
+    wanted = wanted_sums | {"null_draws": draws, "project": project}
+    options = SumOptions(num_gates=counts, micro_batch=estimate_micro_batch, **wanted)
 
     def statistics_of(
         loss: TracedLoss,
@@ -143,17 +145,8 @@ def make_grow_step(
         frozen: Frozen,
     ) -> dict[str, Statistics]:
         rows = {site.name: frozen_rows(site, frozen) for site in sites}
-        chosen: dict[str, Any] = options | {"project": None} if any(rows.values()) else options
-        found = estimate_batch(
-            loss,
-            params,
-            batch,
-            sites,
-            micro_batch=estimate_micro_batch,
-            num_gates=counts,
-            asked=asked,
-            **chosen,
-        )
+        chosen = dataclasses.replace(options, project=None) if any(rows.values()) else options
+        found = estimate_batch(loss, params, batch, sites, chosen, asked=asked)
         return {
             name: without_rows(_with_inputs(name, s, inputs.get(name)), rows[name])
             for name, s in found.statistics.items()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.statistics.offsets import cross_at_offsets, energy_at_offsets, gram_at_offsets
-from tinyjax.statistics.sums import Null, Sums
+from tinyjax.statistics.sums import USUAL, Extras, Null, Sums
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -21,9 +21,7 @@ def row_sums(
     bias_prev: bool,
     bias: bool,
     weight: Array | None = None,
-    energy_matrix: bool,
-    signs: Array | None = None,
-    offset_gram: bool = False,
+    extras: Extras = USUAL,
 ) -> Sums:
     """The sums of a pair of matrix products: x `(*stack, rows, D)`, h `(*stack, rows, H)`, v `(*stack, rows, Q)`.
 
@@ -32,7 +30,7 @@ def row_sums(
     b_prev, b = with_constant(x, bias_prev), with_constant(h, bias)
     if weight is not None:
         b_prev = (weight[..., :, None] * b_prev[..., None, :]).reshape(*b_prev.shape[:-1], -1)
-    null = None if signs is None else _null_sums(b_prev, b, halves(v, num_samples), signs)
+    null = None if extras.signs is None else _null_sums(b_prev, b, halves(v, num_samples), extras.signs)
     b_prev, b, v = (halves(array, num_samples) for array in (b_prev, b, v))
     gram_prev = _gram(b_prev, b_prev)
     return Sums(
@@ -42,9 +40,9 @@ def row_sums(
         cross=_gram(b, v),
         link=_gram(b_prev, b)[..., None, :, :],
         energy=jnp.sum(v**2, axis=(-2, -1)),
-        energy_matrix=_gram(v, v) if energy_matrix else None,
+        energy_matrix=_gram(v, v) if extras.energy_matrix else None,
         null=null,
-        offset_gram=gram_prev[..., None, :, None, :] if offset_gram else None,
+        offset_gram=gram_prev[..., None, :, None, :] if extras.offset_gram else None,
     )
 
 
@@ -56,9 +54,7 @@ def tangent_sums(
     *,
     heads: int | None,
     bias: bool,
-    energy_matrix: bool,
-    signs: Array | None = None,
-    offset_gram: bool = False,
+    extras: Extras = USUAL,
 ) -> Sums:
     """The sums of a slot's tangents `(*stack, rows, heads * offsets, D)`, see `Statistics` for their order.
 
@@ -66,7 +62,13 @@ def tangent_sums(
     """
     *lead, offsets, inputs = seen.shape
     together = row_sums(
-        seen.reshape(*lead, -1), h, v, num_samples, bias_prev=False, bias=bias, energy_matrix=energy_matrix, signs=signs
+        seen.reshape(*lead, -1),
+        h,
+        v,
+        num_samples,
+        bias_prev=False,
+        bias=bias,
+        extras=extras._replace(offset_gram=False),
     )
     if heads is not None:  # the Gram over offsets lies in S
         return together
@@ -78,7 +80,9 @@ def tangent_sums(
         cross_prev=cross_at_offsets(together.cross_prev, offsets),
         link=link.reshape(*link.shape[:-3], offsets, inputs, -1),
         energy_matrix=energy_at_offsets(together.energy_matrix, offsets),
-        offset_gram=together.gram_prev.reshape(*lead, 2, offsets, inputs, offsets, inputs) if offset_gram else None,
+        offset_gram=together.gram_prev.reshape(*lead, 2, offsets, inputs, offsets, inputs)
+        if extras.offset_gram
+        else None,
         null=null
         and null._replace(
             cross_prev=cross_at_offsets(null.cross_prev, offsets),

@@ -32,6 +32,23 @@ class Null(NamedTuple):
     link: Array
 
 
+class Extras(NamedTuple):
+    """What to sum besides the usual sums.
+
+    Attributes:
+        energy_matrix: whether the `energy_matrix`.
+        offset_gram: whether the `offset_gram`.
+        signs: (R, n) of each sample in each null draw; None for no null sums.
+    """
+
+    energy_matrix: bool = False
+    offset_gram: bool = False
+    signs: Array | None = None
+
+
+USUAL = Extras()
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SecondMoments:

@@ -17,7 +17,7 @@ from tinyjax.core.linalg import matmul, some_solution
 from tinyjax.core.windows import Window, convolve, num_offsets, patches
 from tinyjax.statistics.convolution.linear_map import _require_shapes
 from tinyjax.statistics.convolution.strategies import ConvPair, Sizes, Way, by_patches, choose, producer_image
-from tinyjax.statistics.sums import Null, Sums
+from tinyjax.statistics.sums import USUAL, Extras, Null, Sums
 
 LINK_LIMIT = 2**24  # entries of one half of `link`: 64 MiB in float32
 
@@ -49,14 +49,12 @@ def conv_sums(
     bias_prev: bool,
     bias: bool,
     between: Sequence[Window] = (),
-    energy_matrix: bool = False,
-    offset_gram: bool = False,
+    extras: Extras = USUAL,
     chunk: int | None = None,
     link_limit: int = LINK_LIMIT,
     project: Callable[[Array, Array], Projection] = exact_projection,
     asked: bool = True,
     way: Callable[[ConvPair, Sizes, int | None], Way] = choose,
-    signs: Array | None = None,
 ) -> Sums:
     r"""The sums of `Statistics` for a producer convolution and its consumer, with any number of spatial axes.
 
@@ -83,15 +81,13 @@ def conv_sums(
         bias_prev: whether the producer has a bias.
         bias: whether the consumer has a bias.
         between: poolings between the two, in order, see `pool_mean`.
-        energy_matrix: also give E[v v'] (x) identity over offsets, which acts on columns (m, o).
-        offset_gram: also give the sum over output pixels of what two offsets read, of which S is a bound.
+        extras: what else to give; the `energy_matrix` is E[v v'] (x) identity over offsets and acts on columns (m, o).
         chunk: samples a pass; default as many as keep the temporaries small.
         link_limit: largest number of entries O D H for which `link` is formed.
         project: (G (2, H, H), M (2, H, M)) -> the update that is taken out of `v` where `link` is not formed; default
             the best update, eq. 41. A caller with more samples than these must pass the update of all of them.
         asked: there also sum N~ itself, in a pass of its own.
         way: `by_patches`, `by_lags`, or the choice between them by shape.
-        signs: (R, n) of each sample in each null draw; None for no null sums.
 
     Returns:
         `Sums`, in the widest dtype of the arguments and at least float32.
@@ -119,7 +115,7 @@ def conv_sums(
 
     def consumer_part(x: Array, h: Array, v: Array, live: Array):
         goal = v.reshape(-1, v.shape[-1])
-        return chosen.consumer(h, v, live), matmul(goal.T, goal) if energy_matrix else jnp.sum(goal**2)
+        return chosen.consumer(h, v, live), matmul(goal.T, goal) if extras.energy_matrix else jnp.sum(goal**2)
 
     def consumer_done(total: tuple[Any, Array]) -> tuple[tuple[Array, Array], Array]:
         return chosen.consumer_done(total[0]), total[1]
@@ -140,7 +136,7 @@ def conv_sums(
     cross_asked, ridge_update = None, None
     if linked:
         ((gram, cross), energy), produced = _by_half(both, (x, h, v), chosen.chunk, both_done)
-    elif signs is not None:
+    elif extras.signs is not None:
         raise ValueError("this site is too wide for null draws: its `link` would not fit")
     else:
         (gram, cross), energy = _by_half(consumer_part, (x, h, v), chosen.chunk, consumer_done)
@@ -163,18 +159,20 @@ def conv_sums(
         flipped = jax.tree.map(lambda a, b: 2 * a - b, found, Null(cross_prev, gram, cross, link))
         return flipped._replace(cross_prev=flipped.cross_prev.reshape(2, inputs, -1))
 
-    null = None if signs is None else jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(drawn, signs))
+    null = None
+    if extras.signs is not None:
+        null = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(drawn, extras.signs))
     return Sums(
         gram_prev=min(offsets, inputs) * gram_prev,
         cross_prev=cross_prev.reshape(2, inputs, -1),
         gram=gram,
         cross=cross,
         link=link,
-        energy=jnp.trace(energy, axis1=1, axis2=2) if energy_matrix else energy,
-        energy_matrix=jax.vmap(jnp.kron, (0, None))(energy, identity) if energy_matrix else None,
+        energy=jnp.trace(energy, axis1=1, axis2=2) if extras.energy_matrix else energy,
+        energy_matrix=jax.vmap(jnp.kron, (0, None))(energy, identity) if extras.energy_matrix else None,
         cross_asked=cross_asked,
         null=null,
-        offset_gram=_offset_gram(pair, sizes, (x, h, v), chunk, inputs) if offset_gram else None,
+        offset_gram=_offset_gram(pair, sizes, (x, h, v), chunk, inputs) if extras.offset_gram else None,
         ridge_update=ridge_update,
     )
 
