@@ -40,12 +40,11 @@ def find_empty_slots(flow: Dataflow) -> EmptySlots:
         if not refusal and is_steep(op, known, [v in flow.values for v in op.ins]):  # times a gradient of 0: NaN
             refusal = f"the gradient of `{op.name}` is not finite where a neuron is empty"
         number = _through(op, known, [known[i] for i, v in enumerate(op.ins) if v in flow.values])
-        earlier = next((unsilent_op[v] for v in inside if v in unsilent_op), op.name)
         for out in outs:
             if number is not None:
                 at[out] = np.asarray(number).astype(out.dtype)
             if not _is_zero(at.get(out)):
-                unsilent_op[out] = earlier
+                unsilent_op[out] = next((unsilent_op[v] for v in inside if v in unsilent_op), op.name)
     return EmptySlots(at, unsilent_op, refusal)
 
 

@@ -47,9 +47,9 @@ def find_kept_rows(flow: Dataflow, poolings: Poolings, degrees: Degrees, factors
             why = next((reason for reason in earlier if reason != ROW_BY_ROW), ROW_BY_ROW)
             if op in factors.opaque:
                 why = why or f"its rows are weighted one by one in `{op.name}`"
-            chains = sorted((poolings.before[v] for v in inside), key=len)
-            if why == ROW_BY_ROW and len({len(chain) for chain in chains}) > 1:
+            if why == ROW_BY_ROW and len({len(poolings.before[v]) for v in inside}) > 1:
                 modulated.append(op)
+                chains = sorted((poolings.before[v] for v in inside), key=len)
                 # A mean over pixels and then over samples is one over both; a pooling before is a summary of its own.
                 summaries |= {math.prod(pool.outs[0].shape) for pool in (*chains[0], chains[-1][-1])}
                 degree = degrees.of.get(outs[0])
