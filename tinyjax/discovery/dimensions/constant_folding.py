@@ -34,7 +34,8 @@ def is_steep(op: Op, known: Sequence[Any], moving: Sequence[bool]) -> bool:
 
 def number_of(wiring: DefUse, value: Value) -> Any:
     """What a value holds throughout, where it is computed from numbers alone (`1 / jnp.sqrt(depth)`)."""
-    known, stack = wiring.numbers, [value]
+    known = wiring.numbers
+    stack = [] if value in known else [value]
     while stack:
         operands = _operands(wiring, stack[-1])
         unknown = [v for v in operands if v not in known]
