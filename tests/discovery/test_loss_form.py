@@ -16,7 +16,20 @@ from tinyjax.discovery.traced_loss import TracedLoss
 PARAMS = layers.two_layers()
 ONES = np.ones(3) / 3
 
+
+def sample_by_sample(p, b, term):
+    """Terms of the samples, added up in a scan over them."""
+    return jax.lax.scan(lambda c, loss: (c + term(loss), None), 0.0, sq(p, b).mean((1, 2)))[0]
+
+
+def in_parts(p, b):
+    """Means of parts of a batch, added up in a scan."""
+    return jax.lax.scan(lambda c, loss: (c + loss.mean(), None), 0.0, sq(p, b).reshape(-1, 2, *sq(p, b).shape[1:]))[0]
+
+
 SUMS = {
+    "sample_by_sample": lambda p, b: sample_by_sample(p, b, lambda loss: loss),
+    "means_of_parts": in_parts,
     "sum": lambda p, b: sq(p, b).sum(),
     "sum_of_means": lambda p, b: sq(p, b).mean((1, 2)).sum(),
     "mean_over_time_only": lambda p, b: sq(p, b).sum() / 9,
@@ -33,6 +46,9 @@ SUMS = {
     "scaled_first": lambda p, b: (sq(p, b) / 3).sum(0).mean(),
 }
 MEANS = SEPARABLE | {
+    "sample_by_sample": lambda p, b: sample_by_sample(p, b, lambda loss: loss) / len(b["x"]),
+    "weighted_in_the_scan": lambda p, b: sample_by_sample(p, b, lambda loss: loss / len(b["x"])),
+    "mean_of_parts": lambda p, b: in_parts(p, b) / (len(b["x"]) // 2),
     "l2_sum": lambda p, b: optax.l2_loss(z(p, b), b["t"]).sum(-1).mean() + jnp.sum(p["w"] ** 2),
     "scaled_first": lambda p, b: (sq(p, b) / sq(p, b).size).sum(),
     "times_one_over": lambda p, b: sq(p, b).sum() * (1 / sq(p, b).size),

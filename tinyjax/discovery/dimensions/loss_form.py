@@ -6,7 +6,7 @@ Numbers that differ between them (the 1/n of a mean) and sums over the samples s
 with the number of samples; the loss must not scale like a sum.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -70,6 +70,7 @@ def require_mean(many: Trace, few: Trace) -> None:
         return
     axes = Axes(first, many.batched, many.num_samples)
     dependent = set(first.batch)
+    makers, twins = ({out: op for op in graph.ops for out in op.outs} for graph in (first, second))
     factors: dict[Value, SampleFactors] = {}
 
     def of(a: Value, b: Value) -> SampleFactors:
@@ -83,6 +84,9 @@ def require_mean(many: Trace, few: Trace) -> None:
         result = _apply(op, ins)
         if result is not None and _sums_over_samples(op, axes):
             result = frozenset(factor * ratio for factor in result)
+        if result is not None and _accumulates(op, makers):
+            lengths = [found[scan.ins[1]].scans[-1].length for scan, found in ((op, makers), (twin, twins))]
+            result = frozenset(factor * lengths[0] / lengths[1] for factor in result)
         factors.update(dict.fromkeys(op.outs, result))
         dependent.update(op.outs if varying else ())
     found = factors.get(first.loss, _SAME) if first.loss in dependent else None
@@ -124,6 +128,16 @@ def _sums_over_samples(op: Op, axes: Axes) -> bool:
         return any(atom is root(axes.samples) for axis in axes[value] for atom in roots(axis))
 
     return any(map(counts, op.ins)) and not any(map(counts, op.outs))
+
+
+def _accumulates(op: Op, makers: Mapping[Value, Op]) -> bool:
+    """Whether the carry that leaves a scan is what entered a step plus something else: a sum over the steps."""
+    if op.name != "scan_carry" or len(op.ins) != 2:
+        return False
+    result, entered = op.ins
+    while (maker := makers.get(result)) is not None and maker.name in VIEWS:
+        (result,) = maker.ins[:1]
+    return maker is not None and maker.name in ("add", "add_any") and entered in maker.ins
 
 
 # Linear in each operand on its own; `mul` and `div` are linear in the summed operand when the other has no samples.
