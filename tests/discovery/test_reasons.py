@@ -12,7 +12,7 @@ from tests.support.zoo import recurrent
 from tinyjax.discovery.sites import find_sites
 
 DISCOVERY = Path(__file__).parents[2] / "tinyjax" / "discovery"
-SAYING = {"CannotGrow", "Ungated", "NotElementwise", "Verdict", "mark", "_mark_all"}  # whose argument is a reason
+SAYING = {"CannotGrow", "Verdict", "mark", "_mark_all"}  # whose argument is a reason
 ELSEWHERE = 82  # different reasons that tests of their own rooms tell
 PATTERN = re.compile(r"\(((?:an?|tied) [a-z -]+)[,)]")
 
