@@ -2,7 +2,6 @@
 cannot be projected before all samples have been seen."""
 
 from functools import partial
-from importlib import import_module
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import tinyjax
 from tests.support.zoo import images
 from tests.support.zoo.layers import data
 from tinyjax.core.batch import take_samples
-from tinyjax.estimation import summation
+from tinyjax.estimation import convolution
 from tinyjax.statistics.convolution.image_sums import conv_sums
 
 FIELDS = ("count", "gram_prev", "cross_prev", "gram", "cross", "link", "energy")
@@ -126,8 +125,8 @@ def test_wide_sites_pass_twice(monkeypatch):
     params = {"k": jnp.asarray(rng.normal(size=(3, 3, 2, 3))), "u": jnp.asarray(rng.normal(size=(3, 3, 3, 2)))}
     batch = {"x": jnp.asarray(rng.normal(size=(20, 4, 4, 2))), "t": jnp.asarray(rng.normal(size=(20, 4, 4, 2)))}
     (site,) = tinyjax.find_sites(plain_loss, params, batch)
-    monkeypatch.setattr(summation, "conv_sums", partial(conv_sums, link_limit=1))
-    monkeypatch.setattr(import_module("tinyjax.estimation.chunks"), "LINK_LIMIT", 1)
+    monkeypatch.setattr(convolution, "conv_sums", partial(conv_sums, link_limit=1))
+    monkeypatch.setattr(convolution, "LINK_LIMIT", 1)
     found, whole, apart = (
         jax.jit(lambda p, b, c=chunk: tinyjax.estimate(plain_loss, p, b, site, chunk=c))(params, part)
         for chunk, part in ((8, batch), (None, batch), (None, take_samples(batch, 0, 8)))

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import overload
 
+from tinyjax.core import kinds
 from tinyjax.core.layout import Layout
 
 
@@ -110,6 +111,7 @@ class Site:
         fixed: what follows the capacity such that no leaf can make up for it, in words: the site grows inside its
             capacity, and `resize` and `compact` refuse to change that; "" where nothing does.
         unchecked: why that is not known: the loss could not be traced at another capacity; "" where it was.
+        kind: one of `tinyjax.core.kinds`; "" where it cannot grow. As its kernels tell where it is not said.
     """
 
     name: str
@@ -127,6 +129,26 @@ class Site:
     stream: Stream | None = None
     fixed: str = ""
     unchecked: str = ""
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        if self.growable and not self.kind:  # written down by hand, or by a version that did not know the word
+            object.__setattr__(self, "kind", _kind(self))
+
+
+def _kind(site: Site) -> str:
+    """The kind of a site as far as its kernels tell: a convolution of single pixels is a hidden layer to them."""
+    written, read = ({kernel.leaf for kernel in kernels} for kernels in (site.producers, site.consumers))
+    found = {
+        kinds.ATTENTION_HEADS: bool(site.pattern),
+        kinds.RESIDUAL_STREAM: site.stream is not None,
+        kinds.GATED_UNITS: site.gate is not None,
+        kinds.RECURRENT_UNITS: bool(written & read),
+        kinds.QUERY_KEY: any(member.role == "fan_in" and member.leaf in read for member in site.members),
+        kinds.ATTENTION_VALUES: any(len(kernel.layout.stack) > len(site.stack) for kernel in site.producers),
+        kinds.CONVOLUTION: any(len(kernel.layout.rows) > 1 for kernel in site.consumers),
+    }
+    return next((kind for kind, is_it in found.items() if is_it), kinds.HIDDEN_LAYER)
 
 
 class Sites(Sequence[Site]):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tinyjax.core.layout import Layout
 from tinyjax.core.site import Kernel, Member, Site
@@ -11,38 +11,46 @@ from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom
 from tinyjax.discovery.graph.graph import MATMULS
 from tinyjax.discovery.kinds.attention_heads import find_whole_heads
-from tinyjax.discovery.kinds.attention_scores import NORMED, ROTARY, counts_heads, is_turned, score_op
-from tinyjax.discovery.kinds.hidden_layer import find_layer, static_reason
-from tinyjax.discovery.kinds.query_key import attends, find_query_key
+from tinyjax.discovery.kinds.attention_scores import NORMED, ROTARY, counts_heads, is_turned
+from tinyjax.discovery.kinds.hidden_layer import find_hidden_layer
+from tinyjax.discovery.kinds.query_key import find_query_key, is_query_key
 from tinyjax.discovery.kinds.recurrent_units import find_recurrent_units, recurs
 from tinyjax.discovery.kinds.residual_stream import find_residual_stream, may_be_stream
 from tinyjax.discovery.paths.mixing import name_mixing
 from tinyjax.discovery.paths.path import Path, Verdict
 
+KINDS: tuple[tuple[Callable[[Dimensions, Atom], bool], Callable[[Dimensions, Atom], Verdict]], ...] = (
+    (counts_heads, find_whole_heads),
+    (is_query_key, find_query_key),
+    (recurs, find_recurrent_units),
+)
+"""For every kind whether a dimension is one, and what is said of it if so; the first that it is answers.
 
-def classify(model: Dimensions, dimension: Atom) -> tuple[Site, tuple[Path, ...]]:
+A dimension that is none of them is bounded by products, of which `find_hidden_layer` makes four kinds.
+"""
+
+
+def classify(model: Dimensions, dimension: Atom) -> tuple[Site, Sequence[Path]]:
     """The site of one dimension, still without a name, and the ways through it if it can grow."""
     producers, consumers = model.producing.get(dimension, []), model.consuming.get(dimension, [])
-    verdict = Verdict(static_reason(model, dimension, producers, consumers))
-    scores = score_op(model, dimension)
-    whole_heads = counts_heads(model, dimension)
-    if whole_heads and dimension not in model.obstructed:
-        verdict = find_whole_heads(model, dimension)
-    elif scores is not None and not consumers and dimension not in model.obstructed:
-        paired = find_query_key(model, scores, producers, dimension)
-        verdict = verdict if paired.reason and not attends(model, scores) else paired
-    elif recurs(model, dimension, producers, consumers):
-        verdict = find_recurrent_units(model, dimension, producers, consumers)
-    elif not verdict.reason:
-        verdict = find_layer(model, dimension, producers, consumers)
-    if verdict.reason and may_be_stream(model, dimension, consumers):
-        verdict = find_residual_stream(model, dimension, consumers, verdict.reason)
+    verdict = _verdict(model, dimension)
     if verdict.reason:
         verdict = verdict._replace(reason=_named(model, dimension, verdict.reason, [*producers, *consumers]))
     if verdict.reason and NORMED not in verdict.reason and is_turned(model, producers):
         verdict = verdict._replace(reason=f"{verdict.reason}; {ROTARY}")
-    name = _heads_name([use.leaf for use in (*producers, *consumers)]) if whole_heads else ""
+    name = _heads_name([use.leaf for use in (*producers, *consumers)]) if counts_heads(model, dimension) else ""
     return describe(model, dimension, verdict, name), verdict.paths
+
+
+def _verdict(model: Dimensions, dimension: Atom) -> Verdict:
+    """What the first kind that a dimension is says of it; a residual stream is what nothing else is."""
+    if dimension in model.obstructed:
+        return Verdict(model.obstructed[dimension])
+    find = next((find for applies, find in KINDS if applies(model, dimension)), find_hidden_layer)
+    verdict = find(model, dimension)
+    if verdict.reason and may_be_stream(model, dimension):
+        return find_residual_stream(model, dimension, verdict.reason)
+    return verdict
 
 
 def describe(model: Dimensions, dimension: Atom, verdict: Verdict, name: str = "") -> Site:
@@ -51,9 +59,7 @@ def describe(model: Dimensions, dimension: Atom, verdict: Verdict, name: str = "
     producers, consumers = verdict.producers, verdict.consumers
     if not paths:
         producers, consumers = model.producing.get(dimension, []), model.consuming.get(dimension, [])
-    gates = [path.gate for path in paths if path.gate is not None]
-    pattern = [use for path in paths if path.head is not None for use in (path.head.query, path.head.key)]
-    gate_leaf = gates[0].leaf if gates else None
+    gate_leaf = verdict.gates[0].leaf if verdict.gates else None
     kernels = _kernel_layouts(model, dimension)
     members = tuple(
         _member(model, leaf, factor, kernels, verdict.roles, gate_leaf)
@@ -72,9 +78,10 @@ def describe(model: Dimensions, dimension: Atom, verdict: Verdict, name: str = "
         stack=stack,
         norm=verdict.norm,
         powers=verdict.powers,
-        gate=next(iter(_kernels(model, gates, dimension, "cols")), None),
-        pattern=_kernels(model, pattern, dimension, "cols"),
+        gate=next(iter(_kernels(model, verdict.gates, dimension, "cols")), None),
+        pattern=_kernels(model, verdict.pattern, dimension, "cols"),
         stream=verdict.stream,
+        kind=paths[0].kind if paths else "",
     )
 
 

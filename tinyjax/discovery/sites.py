@@ -103,7 +103,7 @@ class Discovery(NamedTuple):
     """
 
     sites: Sites
-    paths: dict[str, tuple[Path, ...]]
+    paths: dict[str, Sequence[Path]]
     graph: Graph
     axes: Axes
     dimensions: dict[str, Atom]
@@ -135,7 +135,7 @@ def discover(traced: Trace) -> Discovery:
     return Discovery(Sites(site for site, _ in found), paths, graph, axes, dimensions)
 
 
-def paths_of(discovery: Discovery, site: Site) -> tuple[Path, ...]:
+def paths_of(discovery: Discovery, site: Site) -> Sequence[Path]:
     """The paths of a site in this trace.
 
     Raises:
@@ -154,7 +154,7 @@ def paths_of(discovery: Discovery, site: Site) -> tuple[Path, ...]:
     return discovery.paths[site.name]
 
 
-def _single(model: Dimensions) -> list[tuple[Site, tuple[Path, ...]]]:
+def _single(model: Dimensions) -> list[tuple[Site, Sequence[Path]]]:
     """Hidden dimensions of one slot: an axis of length one cannot be told from the axes that broadcasting makes."""
     found = {}
     for producer in model.uses:
@@ -167,7 +167,7 @@ def _single(model: Dimensions) -> list[tuple[Site, tuple[Path, ...]]]:
     return list(found.values())
 
 
-def _named(model: Dimensions, found: Sequence[tuple[Site, tuple[Path, ...]]]) -> list[tuple[Site, tuple[Path, ...]]]:
+def _named(model: Dimensions, found: Sequence[tuple[Site, Sequence[Path]]]) -> list[tuple[Site, Sequence[Path]]]:
     """The sites with their names: of several behind one kernel, those that grow come first, then `name[1]`, ..."""
     taken: set[str] = set()
     names: dict[int, str] = {}
@@ -200,9 +200,7 @@ def _missed(model: Dimensions, missed: Missed) -> Site:
     return describe(model, missed.dimension, Verdict(missed.reason.replace("``", "`params`")), name)
 
 
-def _unseen(
-    model: Dimensions, dimensions: Sequence[Atom], leaves: Sequence[int]
-) -> list[tuple[Site, tuple[Path, ...]]]:
+def _unseen(model: Dimensions, dimensions: Sequence[Atom], leaves: Sequence[int]) -> list[tuple[Site, Sequence[Path]]]:
     """Matrices among leaves that never meet an activation, as far as can be seen."""
     listed = {leaf for d in dimensions for leaf, _ in model.leaves[d]}
     unseen, siblings = [], _matrices_by_module(model)

@@ -10,12 +10,12 @@ from jaxtyping import Array
 
 from tinyjax.core.layout import Layout
 from tinyjax.discovery.graph.graph import Address, Value
-from tinyjax.discovery.paths.path import Head
+from tinyjax.discovery.kinds.attention_heads import HeadsPath
 from tinyjax.estimation.recording import evaluate
 from tinyjax.estimation.tangents import carry
 
 
-def attend(head: Head, scores: Array, recorded: Mapping[Address, Array]) -> Array:
+def attend(head: HeadsPath, scores: Array, recorded: Mapping[Address, Array]) -> Array:
     """What the model makes of scores, in one layer.
 
     Args:
@@ -43,7 +43,7 @@ def attend(head: Head, scores: Array, recorded: Mapping[Address, Array]) -> Arra
     return known[replay.weights]
 
 
-def attend_alone(head: Head, recorded: Mapping[Address, Array]) -> Callable[[Array], Array]:
+def attend_alone(head: HeadsPath, recorded: Mapping[Address, Array]) -> Callable[[Array], Array]:
     """From the scores of one head in one layer `(n, T, U)` to its weights; all heads of the model take them at once."""
     samples, heads, _, tokens, keys = head.pair.sizes
     layout = _one_layer(head.attention.layout)
@@ -56,7 +56,7 @@ def attend_alone(head: Head, recorded: Mapping[Address, Array]) -> Callable[[Arr
     return weights
 
 
-def collected(head: Head, scores: Array, values: Array, recorded: Mapping[Address, Array]) -> Array:
+def collected(head: HeadsPath, scores: Array, values: Array, recorded: Mapping[Address, Array]) -> Array:
     """What the outputs would read of new heads: tangents along their values.
 
     Args:
@@ -79,7 +79,7 @@ def collected(head: Head, scores: Array, values: Array, recorded: Mapping[Addres
     return seen[..., :count, :]
 
 
-def tokens_of(head: Head, queries: Array, keys: Array, recorded: Mapping[Address, Array]) -> tuple[Array, Array]:
+def tokens_of(head: HeadsPath, queries: Array, keys: Array, recorded: Mapping[Address, Array]) -> tuple[Array, Array]:
     """The tangents of a head's scores along its queries and keys: `(*stack, n, T, D)` and `(*stack, n, U, E)`.
 
     Args:

@@ -5,7 +5,6 @@ the batch; sums are formed inside the jit, no activation outlives its chunk.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -20,16 +19,17 @@ from tinyjax.core.kernels import matrices
 from tinyjax.core.neurons import Pattern
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites
-from tinyjax.core.windows import num_offsets
 from tinyjax.discovery.graph.tracing import Trace
 from tinyjax.discovery.sites import Discovery, paths_of
 from tinyjax.discovery.traced_loss import TracedLoss
+from tinyjax.estimation.convolution import projection
+from tinyjax.estimation.kinds import SUMMATIONS, site_sums
 from tinyjax.estimation.options import SumOptions
 from tinyjax.estimation.recording import Captured
 from tinyjax.estimation.rows import capture_paths
-from tinyjax.estimation.summation import projection, site_sums
+from tinyjax.estimation.summation import SitePass
 from tinyjax.estimation.third_moments import Residual, even_part, find_residual, third_sums
-from tinyjax.statistics.convolution.image_sums import LINK_LIMIT, Projection, exact_projection
+from tinyjax.statistics.convolution.image_sums import Projection, exact_projection
 from tinyjax.statistics.merging import merge
 from tinyjax.statistics.record import Statistics
 from tinyjax.statistics.slices import energy_alone, keep_half
@@ -65,16 +65,19 @@ class Step(NamedTuple):
         num_samples = traced.num_samples
         extras = self.options.extras(first, num_samples)
 
-        def sums_of(site: Site, captured: Captured) -> Statistics:
+        def at(site: Site, captured: Captured) -> SitePass:
             chosen = self.gates.get(site.name), self.updates.get(site.name), self.options.project
-            return site_sums(params, site, paths[site.name], captured, num_samples, extras, *chosen)
+            return SitePass(params, site, paths[site.name], captured, num_samples, extras, *chosen)
 
         sums = {
-            site.name: _if_asked(self.asked.get(site.name), partial(sums_of, site), captured) for site in self.sites
+            site.name: _if_asked(
+                self.asked.get(site.name), lambda found, site=site: site_sums(at(site, found)), captured
+            )
+            for site in self.sites
         }
         for site in self.sites:
             if (residual := self.residuals.get(site.name)) is not None:
-                third = third_sums(site, paths[site.name], captured, num_samples, residual)
+                third = third_sums(at(site, captured), residual)
                 sums[site.name] = dataclasses.replace(sums[site.name], third_moments=third)
         return Estimate(captured.loss, sums)
 
@@ -189,14 +192,4 @@ def _merge_all(a: dict[str, Statistics], b: dict[str, Statistics]) -> dict[str, 
 
 def _wide(discovery: Discovery, sites: Sites) -> list[Site]:
     """The sites whose `link` would be too large, so that all samples must pass before N is projected."""
-    wide = []
-    for site in sites:
-        for path in discovery.paths.get(site.name, ()):
-            if path.geometry is None:
-                continue
-            producer, consumer = path.producer.kernel, path.consumers[0].kernel
-            inputs, hidden = (math.prod(k.factors[f] for f in k.rows) for k in (producer, consumer))
-            if num_offsets(path.geometry.consumer) * inputs * hidden > LINK_LIMIT:
-                wide.append(site)
-                break
-    return wide
+    return [site for site in sites if any(SUMMATIONS[path.kind].is_wide(path) for path in paths_of(discovery, site))]

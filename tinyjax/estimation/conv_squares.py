@@ -20,7 +20,9 @@ from tinyjax.core.params import Params
 from tinyjax.core.site import Sites
 from tinyjax.core.windows import num_offsets, out_shape
 from tinyjax.discovery.graph.tracing import Trace
-from tinyjax.discovery.paths.path import Geometry, Path
+from tinyjax.discovery.kinds.convolution import ConvolutionPath
+from tinyjax.discovery.paths.image_geometry import Geometry
+from tinyjax.discovery.paths.path import Path
 from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.recording import record
 from tinyjax.methods import Neurons, Squares
@@ -52,7 +54,7 @@ def bounded_squares(loss: TracedLoss, params: Params, batch: Any, sites: Sites) 
 
 def is_bounded(path: Path) -> bool:
     """Whether S only bounds the squares of the moves through a path: the consumer reads several pixels."""
-    return path.geometry is not None and num_offsets(path.geometry.consumer) > 1
+    return isinstance(path, ConvolutionPath) and num_offsets(path.geometry.consumer) > 1
 
 
 def squared_moves(
@@ -76,7 +78,7 @@ def squared_moves(
     recorded = record(traced, jax.tree.leaves((params, batch)), [path.producer for path in paths])
     images = []
     for path in paths:
-        assert path.geometry is not None, "a path with pixels"
+        assert isinstance(path, ConvolutionPath), "a path with pixels"
         x = path.producer.inputs.to_matrix(recorded[path.producer.op.path]).astype(neurons.alpha.dtype)
         images.append((path.geometry, x.reshape(traced.num_samples, *path.geometry.space, -1)))
 

@@ -15,9 +15,8 @@ from tinyjax.core.site import Site, Sites, as_sites
 from tinyjax.discovery.dimensions.loss_form import coupling, require_mean, require_mean_in_parts
 from tinyjax.discovery.graph.flattening import num_numbers
 from tinyjax.discovery.traced_loss import TracedLoss
-from tinyjax.estimation.attention_heads import search_patterns
 from tinyjax.estimation.chunks import Estimate, Step, sums_in_chunks, with_thirds
-from tinyjax.estimation.gated_units import search_gates
+from tinyjax.estimation.kinds import SUMMATIONS
 from tinyjax.estimation.options import DEFAULTS, EstimateOptions, SumOptions
 from tinyjax.statistics.merging import merge
 from tinyjax.statistics.record import Statistics
@@ -147,13 +146,12 @@ def estimate_batch(
     chunk, micro_batch = options.chunk, options.micro_batch
     even = 2 * -(-num_samples // (2 * num_chunks(num_samples)))  # chunks as equal as can be
     size = min(micro_batch or chunk or even, num_samples)
-    gated = Sites(site for site in sites if site.gate is not None)
     some = take_samples(batch, 0, min(DEFAULT_CHUNK, num_samples))
-    whole_heads = Sites(site for site in sites if site.pattern)
     gates: dict[str, Array | Pattern] = {}
-    for search, found in ((search_gates, gated), (search_patterns, whole_heads)):
-        if found:
-            gates |= search(loss, params, some, found, per_site(sites, options.num_gates))
+    for kind, summation in SUMMATIONS.items():
+        found = Sites(site for site in sites if site.kind == kind)
+        if summation.search is not None and found:
+            gates |= summation.search(loss, params, some, found, per_site(sites, options.num_gates))
     step = Step(loss, sites, options, gates, asked=asked or {})
     in_parts = size < num_samples and (chunk is not None or micro_batch is not None)
     whole = None if in_parts else loss.trace(params, batch)

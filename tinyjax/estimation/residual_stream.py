@@ -1,15 +1,35 @@
-"""What writers bring to a reader of a residual stream, and the sums of all readers side by side."""
+"""The sums of residual streams: what writers bring to each reader, and all readers side by side."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.discovery.kinds.embeddings import index_column, num_inputs
-from tinyjax.discovery.paths.path import Branch
+from tinyjax.discovery.kinds.residual_stream import Branch, StreamPath
 from tinyjax.estimation.recording import Captured
+from tinyjax.estimation.rows import captured_inputs, goals
+from tinyjax.estimation.summation import SitePass, Summation
 from tinyjax.estimation.tangents import carry
+from tinyjax.statistics.dense import row_sums
+from tinyjax.statistics.residual_stream import side_by_side
+from tinyjax.statistics.sums import Sums
+
+
+def _sums(at: SitePass, path: StreamPath) -> Sums:
+    """The sums of the readers of one tensor."""
+    h = captured_inputs(path.consumers[0], at.captured)
+    return row_sums(
+        stream_inputs(path.branches, at.captured, len(h), h.dtype),
+        h,
+        goals(path.consumers, at),
+        at.num_samples,
+        bias_prev=False,
+        bias=all(c.bias is not None for c in path.consumers),
+        extras=at.extras,
+    )
 
 
 def stream_inputs(branches: Sequence[Branch], captured: Captured, num_rows: int, dtype: jnp.dtype) -> Array:
@@ -40,3 +60,13 @@ def _features(branch: Branch, captured: Captured, dtype: jnp.dtype) -> Array:
         return jax.nn.one_hot(x[:, index_column(use.op)], num_inputs(use), dtype=dtype)
     x = x.astype(dtype)
     return x if use.bias is None else jnp.concatenate([x, jnp.ones((len(x), 1), dtype)], axis=-1)
+
+
+def _join(at: SitePass, parts: Sequence[Sums]) -> tuple[Sums, dict[str, Any]]:
+    """The sums of all readers side by side, and which columns are whose."""
+    assert at.site.stream is not None
+    sums, reads = side_by_side(parts)
+    return sums, {"reads": reads, "normed": at.site.stream.normed}
+
+
+SUMMATION = Summation(_sums, join=_join)

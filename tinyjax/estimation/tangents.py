@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.discovery.graph.graph import Address, Op, Value
-from tinyjax.discovery.paths.path import Tangent
+from tinyjax.discovery.paths.slot_paths import Tangent
 from tinyjax.estimation.recording import evaluate
 
 _KINKS = ("select_n", "clamp")  # those of `max`, `min` and `abs` JAX knows

@@ -14,10 +14,11 @@ from jaxtyping import Array
 
 from tinyjax.core.linalg import matmul
 from tinyjax.core.site import Site
+from tinyjax.discovery.kinds.hidden_layer import HiddenPath
 from tinyjax.discovery.paths.activations import curvature
 from tinyjax.discovery.paths.path import Path
-from tinyjax.estimation.recording import Captured
 from tinyjax.estimation.rows import path_rows
+from tinyjax.estimation.summation import SitePass
 from tinyjax.methods import best_update, held_out_update
 from tinyjax.statistics.averages import moments
 from tinyjax.statistics.dense import halves, with_constant
@@ -44,26 +45,14 @@ def even_part(site: Site, paths: Sequence[Path]) -> float:
             activation between them. The message names the site.
     """
     about = f"third moments of site `{site.name}` "
-    for path in paths:
-        kind = (
-            "a convolution or a pooling"
-            if path.geometry is not None
-            else "heads or mixed rows"
-            if path.tangent is not None or path.pair is not None or path.head is not None
-            else "a recurrence"
-            if path.cell is not None
-            else "a gate"
-            if path.gate is not None
-            else "more than an elementwise activation"
-            if path.activation is None
-            else ""
-        )
-        if kind:
+    activations = [path.activation if isinstance(path, HiddenPath) else None for path in paths]
+    for path, activation in zip(paths, activations):
+        if activation is None:
             raise ValueError(
-                f"{about}are known for an elementwise activation between two matrix products; here lies {kind}"
+                f"{about}are known for an elementwise activation between two matrix products; here lies {path.between}"
             )
-    assert paths[0].activation is not None
-    found = curvature(paths[0].activation)
+    assert activations[0] is not None
+    found = curvature(activations[0])
     if not found:
         raise ValueError(
             f"{about}say nothing: the even part of its activation vanishes at 0 (tanh, a linear layer), so neurons and "
@@ -82,15 +71,15 @@ def find_residual(statistics: Statistics, num_outputs: int) -> Residual:
     return Residual(update, jnp.linalg.eigh(left)[1][:, ::-1][:, :num_outputs].T)
 
 
-def third_sums(site: Site, paths: Sequence[Path], captured: Captured, num_samples: int, residual: Residual) -> Array:
+def third_sums(at: SitePass, residual: Residual) -> Array:
     """(*stack, 2, R, D, D) sum of (w_r'v) b_prev b_prev' over even and odd samples."""
     total = jnp.zeros(())
-    for path in paths:
-        rows = path_rows(site, path, captured, num_samples)
-        b_prev = halves(with_constant(rows.x, site.producers[0].bias is not None), num_samples)
+    for path in at.paths:
+        rows = path_rows(at, path)
+        b_prev = halves(with_constant(rows.x, at.site.producers[0].bias is not None), at.num_samples)
         b = with_constant(rows.h, residual.update.shape[-2] > rows.h.shape[-1])
         left = rows.v - matmul(b, residual.update)
-        along = halves(matmul(left, jnp.swapaxes(residual.outputs, -1, -2)), num_samples)
+        along = halves(matmul(left, jnp.swapaxes(residual.outputs, -1, -2)), at.num_samples)
 
         def one(weights: Array, b_prev: Array = b_prev) -> Array:
             return matmul(jnp.swapaxes(b_prev, -1, -2), weights[..., None] * b_prev)

@@ -19,6 +19,7 @@ from tinyjax.core.params import Params
 from tinyjax.core.site import Norm
 from tinyjax.core.windows import convolve
 from tinyjax.discovery.graph.tracing import Trace
+from tinyjax.discovery.kinds.convolution import ConvolutionPath
 from tinyjax.discovery.paths.path import Path
 from tinyjax.estimation.recording import record
 
@@ -46,11 +47,11 @@ def response_moments(
     recorded = record(traced, jax.tree.leaves((params, batch)), [path.producer])
     x = path.producer.inputs.to_matrix(recorded[path.producer.op.path]).astype(alpha.dtype)
     weight = alpha[:-1] if bias else alpha
-    if path.geometry is None:
-        answer = jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST)
-    else:
+    if isinstance(path, ConvolutionPath):
         image = x.reshape(traced.num_samples, *path.geometry.space, -1)
         answer = convolve(image, weight, path.geometry.producer)
+    else:
+        answer = jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST)
     answer = answer.reshape(-1, alpha.shape[-1])
     answer = answer + alpha[-1] if bias else answer
     return jnp.mean(answer, axis=0), jnp.var(answer, axis=0)

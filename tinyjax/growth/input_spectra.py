@@ -11,6 +11,8 @@ from jaxtyping import Array
 
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites, as_sites
+from tinyjax.discovery.kinds.convolution import ConvolutionPath
+from tinyjax.discovery.kinds.hidden_layer import HiddenPath
 from tinyjax.discovery.paths.path import Path
 from tinyjax.discovery.sites import Discovery
 from tinyjax.discovery.traced_loss import TracedLoss
@@ -76,14 +78,15 @@ def decompose_inputs(
 def _reads_only_data(discovery: Discovery, site: Site) -> bool:
     """Whether no parameter reaches the producer's input, nor what its rows are multiplied by."""
     paths = discovery.paths.get(site.name, ())
-    plain = not site.stack and site.gate is None and not site.pattern and site.stream is None
-    return plain and all(_is_data(discovery, path) for path in paths)
+    return not site.stack and all(_is_data(discovery, path) for path in paths)
 
 
 def _is_data(discovery: Discovery, path: Path) -> bool:
+    if not isinstance(path, HiddenPath | ConvolutionPath) or path.taps():
+        return False  # S of its rows is of something else than the data
     use = path.producer
     needed = {use.op.ins[1 - use.operand]}
     for op in reversed(discovery.graph.ops):
         if any(value in needed for value in op.outs):
             needed.update(op.ins)
-    return path.cell is None and not path.weights and not any(value in needed for value in discovery.graph.params)
+    return not any(value in needed for value in discovery.graph.params)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from tinyjax.core.kinds import ATTENTION_HEADS, QUERY_KEY, RESIDUAL_STREAM
 from tinyjax.core.site import Site, Sites
 from tinyjax.discovery.dimensions.axes import Axes
 from tinyjax.discovery.dimensions.homogeneity import compensation
@@ -105,19 +106,13 @@ def _leaves(site: Site, names: Sequence[str]) -> list[int]:
         for kernels in (site.producers, site.consumers)
     )
     rest = [m.leaf for m in site.members if m.leaf not in readers]
-    first = [*writers, *rest] if site.stream is not None or _is_contracted(site) else []
+    first = [*writers, *rest] if site.kind in (RESIDUAL_STREAM, QUERY_KEY) else []
     return [names.index(leaf) for leaf in dict.fromkeys([*first, *readers, *writers, *rest])]
 
 
-def _is_contracted(site: Site) -> bool:
-    """Whether two products that make a dimension are contracted with each other: queries and keys."""
-    read = {kernel.leaf for kernel in site.consumers} - {kernel.leaf for kernel in site.producers}
-    return any(member.role == "fan_in" and member.leaf in read for member in site.members)
-
-
-def _kind(site: Site) -> tuple[bool, ...]:
+def _kind(site: Site) -> str:
     """Whole heads, residual streams, queries and keys, all others."""
-    return bool(site.pattern), site.stream is not None, _is_contracted(site)
+    return site.kind if site.kind in (ATTENTION_HEADS, RESIDUAL_STREAM, QUERY_KEY) else ""
 
 
 class _Model:
@@ -229,7 +224,7 @@ def _divided(model: _Model, names: list[str], found: Trial | _Failed) -> list[li
     """A set of sites in parts where it cannot be told as it is: by their kind, else in halves."""
     if isinstance(found, Trial) and not found.torn:
         return []
-    kinds: dict[tuple[bool, ...], list[str]] = {}
+    kinds: dict[str, list[str]] = {}
     for name in names:
         site = model.sites[name]
         kinds.setdefault(_kind(site), []).append(name)

@@ -6,23 +6,80 @@ of new heads are computed by the model's own operations between scores and weigh
 are what they are.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from tinyjax.core.kinds import ATTENTION_HEADS
+from tinyjax.core.layout import Layout
 from tinyjax.discovery.dimensions.dimensions import Dimensions, kernel_atoms
 from tinyjax.discovery.dimensions.primitives import BETWEEN_ACTIVATIONS, ELEMENTWISE, REDUCTIONS, contraction
 from tinyjax.discovery.dimensions.products import Product, aligned
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
 from tinyjax.discovery.graph.def_use import is_layout
 from tinyjax.discovery.graph.graph import Address, Op, Value
-from tinyjax.discovery.kinds.attention_scores import _scores
-from tinyjax.discovery.kinds.hidden_layer import find_layer, static_reason
-from tinyjax.discovery.kinds.query_key import find_query_key
-from tinyjax.discovery.paths.path import Attention, Head, Path, Replay, Verdict
+from tinyjax.discovery.kinds.attention_scores import Attention, _scores
+from tinyjax.discovery.kinds.attention_values import ValuesPath
+from tinyjax.discovery.kinds.hidden_layer import find_hidden_layer
+from tinyjax.discovery.kinds.query_key import QueryKeyPath, find_scored
+from tinyjax.discovery.paths.path import Path, Verdict
 from tinyjax.discovery.paths.refusals import CannotGrow
-from tinyjax.discovery.paths.slot_paths import heads_as_layers, heads_first, same_along
+from tinyjax.discovery.paths.slot_paths import Tangent, heads_as_layers, heads_first, same_along
 
 _BENDS = frozenset("exp exp2 logistic".split())
+
+
+class Replay(NamedTuple):
+    """The operations between scores and the weights of the attention.
+
+    Attributes:
+        ops: in order.
+        taps: by address, which operand comes from outside (a mask, a bias, dropout).
+        scalars: for every other operand from outside, the number it holds everywhere.
+        scores: the value they start from.
+        weights: the value they end in.
+    """
+
+    ops: tuple[Op, ...]
+    taps: Mapping[Address, int]
+    scalars: Mapping[Value, Any]
+    scores: Value
+    weights: Value
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsPath(Path):
+    """Whole attention heads: the producer makes values, the consumers read them head by head.
+
+    Attributes:
+        query: the product that makes the queries, its kernel with the query-key dimension as layers.
+        key: the same of the keys.
+        pair: the path of queries and keys to their scores.
+        scores: layout of the scores, rows being samples, heads, tokens of the queries, tokens of the keys.
+        replay: from scores to weights.
+        attention: where the weights are read.
+        values: the path from values to the outputs, columns being heads and value dimensions.
+    """
+
+    query: Product
+    key: Product
+    pair: QueryKeyPath
+    scores: Layout
+    replay: Replay
+    attention: Attention
+    values: Tangent
+
+    kind = ATTENTION_HEADS
+    between = "heads or mixed rows"
+
+    def recorded(self) -> list[Product]:
+        """Values, queries and keys."""
+        return [self.producer, self.query, self.pair.projected]
+
+    def taps(self) -> dict[Address, int]:
+        """What queries, keys and values are multiplied by, and what the scores meet on their way to weights."""
+        parts = (self.pair.queries.taps, self.pair.keys.taps, self.values.taps, self.replay.taps)
+        return {address: operand for taps in parts for address, operand in taps.items()}
 
 
 def find_scores(model: Dimensions, dimension: Atom) -> tuple[Op, Atom]:
@@ -91,11 +148,12 @@ def find_replay(model: Dimensions, scores: Op, attention: Attention | None, dime
     return Replay(tuple(ops[::-1]), taps, scalars, scores.outs[0], weights)
 
 
-def require_same_heads(model: Dimensions, head: Head, dimension: Atom) -> None:
+def require_same_heads(model: Dimensions, pair: QueryKeyPath, values: Tangent, dimension: Atom) -> None:
     """Raises unless whatever meets queries, keys and values on their way is the same for every head."""
-    for path in (head.pair.queries, head.pair.keys, head.values):
+    assert pair.attention is not None
+    for path in (pair.queries, pair.keys, values):
         for op in path.ops:
-            if op.path in path.taps and op.path != head.attention.address:
+            if op.path in path.taps and op.path != pair.attention.address:
                 _require_same(model, op.ins[path.taps[op.path]], dimension, op)
 
 
@@ -121,30 +179,26 @@ def find_whole_heads(model: Dimensions, dimension: Atom) -> Verdict:
         return Verdict(f"it counts attention heads, and {other}")
     try:
         op, inner = find_scores(model, dimension)
-        scored = find_query_key(model, op, model.producing[inner], inner)
+        scored = find_scored(model, op, inner)
         if scored.reason:
             raise CannotGrow(f"of its queries and keys: {scored.reason}")
-        pair_uses = _pair_uses(scored.paths[0])
-        query, key = (next(u for u in model.producing[dimension] if u.op is x.op) for x in pair_uses)
+        (pair,) = scored.paths
+        assert isinstance(pair, QueryKeyPath)
+        query, key = (
+            next(u for u in model.producing[dimension] if u.op is x.op) for x in (pair.producer, pair.projected)
+        )
         value, inner = value_product(model, dimension, (query.op, key.op))
-        producers, consumers = model.producing[inner], model.consuming.get(inner, [])
-        reason = static_reason(model, inner, producers, consumers)
-        read = Verdict(reason) if reason else find_layer(model, inner, producers, consumers)
-        if read.reason or len(read.paths) != 1 or read.paths[0].tangent is None:
+        read = find_hidden_layer(model, inner)
+        if read.reason or len(read.paths) != 1 or not isinstance(values := read.paths[0], ValuesPath):
             raise CannotGrow(f"of its values: {read.reason or 'more than one product makes them'}")
-        path = _head_path(model, dimension, inner, op, scored.paths[0], read.paths[0], (query, key, value))
+        path = _head_path(model, dimension, inner, op, pair, values, (query, key, value))
     except CannotGrow as refusal:
         return Verdict(f"it counts attention heads; {refusal}")
     known, roles = {use.leaf for use in (query, key, value, *path.consumers)}, {**scored.roles, **read.roles}
     for leaf, _ in model.leaves[dimension]:
         if model.names[leaf] not in known and roles.get(leaf) != "shift":
             return Verdict(f"it counts attention heads, and `{model.names[leaf]}` has an entry for each")
-    return Verdict("", (path,), [path.producer], path.consumers, roles)
-
-
-def _pair_uses(path: Path) -> tuple[Product, Product]:
-    assert path.pair is not None
-    return path.producer, path.pair.projected
+    return Verdict("", (path,), [path.producer], path.consumers, roles, pattern=(path.query, path.key))
 
 
 def _head_path(
@@ -152,18 +206,17 @@ def _head_path(
     dimension: Atom,
     inner: Atom,
     op: Op,
-    scored: Path,
-    read: Path,
+    pair: QueryKeyPath,
+    read: ValuesPath,
     uses: tuple[Product, Product, Product],
-) -> Path:
+) -> HeadsPath:
     """The path of whole heads from those of their query-key and value dimensions.
 
     Raises:
         CannotGrow: with the reason.
     """
-    pair, tangent = scored.pair, read.tangent
-    query, key, value = uses
-    assert pair is not None and tangent is not None
+    tangent, value = read.tangent, uses[2]
+    (scores,) = pair.consumers
     samples, heads, shared, _, _ = pair.sizes
     if shared != 1 or pair.repeated != 1 or heads != dimension.size or samples != model.axes.samples.size:
         raise CannotGrow("several queries share a head of keys")
@@ -175,16 +228,15 @@ def _head_path(
     consumers = tuple(heads_first(use, [inner], dimension, value.leaf) for use in read.consumers)
     if any(len(use.kernel.rows) - use.kernel.rows.index(_slots(use, dimension)) != 1 for use in consumers):
         raise CannotGrow(f"`{consumers[0].leaf}` does not read it head by head")
-    layout = scored.consumers[0].outputs
-    head = Head(layers[0], layers[1], pair, layout, replay, pair.attention, tangent)
-    require_same_heads(model, head, dimension)
-    side = scored.consumers[0].operand  # of the keys
+    require_same_heads(model, pair, tangent, dimension)
+    side = scores.operand  # of the keys
     tokens = [[a for d in contraction(op).free[k] for a in roots(model.axes[op.ins[k]][d])] for k in (1 - side, side)]
     if [root(a) for a in consumers[0].rows if a is not None] != [root(model.axes.samples), *tokens[0]]:
         raise CannotGrow("its outputs have other rows than its queries")
     if {root(a) for a in value.rows if a is not None} != {root(model.axes.samples), *tokens[1]}:
         raise CannotGrow("its values come from other tokens than its keys")
-    return Path(aligned(layers[2], [model.axes.samples, *tokens[1]]), consumers, head=head)
+    values = aligned(layers[2], [model.axes.samples, *tokens[1]])
+    return HeadsPath(values, consumers, layers[0], layers[1], pair, scores.outputs, replay, pair.attention, tangent)
 
 
 def _slots(use: Product, dimension: Atom) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Container, Sequence
+from typing import NamedTuple
 
 from tinyjax.core.layout import Layout
 from tinyjax.discovery.dimensions.dimensions import Dimensions, kernel_atoms
@@ -9,13 +10,26 @@ from tinyjax.discovery.dimensions.primitives import ELEMENTWISE, REDUCTIONS, con
 from tinyjax.discovery.dimensions.products import Product, array_layout
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
 from tinyjax.discovery.graph.def_use import is_view
-from tinyjax.discovery.graph.graph import Op, Value
-from tinyjax.discovery.paths.path import Attention
+from tinyjax.discovery.graph.graph import Address, Op, Value
 from tinyjax.discovery.paths.refusals import CannotGrow
 
 SAMPLE, HEAD, QUERY_HEAD, TOKEN, KEY = range(5)  # what a factor of the scores counts; KEY: the tokens of the keys
 
 Kind = Callable[[Atom | None, int], int]
+
+
+class Attention(NamedTuple):
+    """The weights that a softmax makes of the scores, where they are found.
+
+    Attributes:
+        address: of the operation that reads them.
+        operand: which operand of it.
+        layout: of the weights, rows in the order of the scores.
+    """
+
+    address: Address
+    operand: int
+    layout: Layout
 
 
 class ScoreLayouts:

@@ -4,20 +4,56 @@ A unit of such a layer is omega g(beta'x)(mu'x). Given its gate beta it is an or
 The operand nearest to a plain product is the one that new neurons are computed for, the other is their gate.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jaxtyping import Array
 
+from tinyjax.core.kinds import GATED_UNITS
 from tinyjax.discovery.dimensions.axes import Axes
 from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom
 from tinyjax.discovery.graph.def_use import DefUse
-from tinyjax.discovery.graph.graph import Op, Value
+from tinyjax.discovery.graph.graph import Address, Op, Value
 from tinyjax.discovery.paths.activations import activation_between
 from tinyjax.discovery.paths.flow import Flow, follow_product
 from tinyjax.discovery.paths.kept_rows import ROW_BY_ROW
+from tinyjax.discovery.paths.path import Path
 from tinyjax.discovery.paths.refusals import CannotGrow
+from tinyjax.discovery.paths.row_factors import RowFactorLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedPath(Path):
+    """A path from the product that new neurons are computed for, given its gate.
+
+    Attributes:
+        gate: the product whose activation multiplies the producer's, slot by slot, rows in the same order.
+        activation: elementwise, of the gate.
+        weights: what every row was multiplied by, besides.
+        measure: the slope, see `slope_at_empty`.
+    """
+
+    gate: Product
+    activation: Callable[[Array], Array]
+    weights: tuple[RowFactorLayout, ...]
+    measure: Callable[[], float | None]
+
+    kind = GATED_UNITS
+    between = "a gate"
+
+    def slope(self) -> float | None:
+        """See `Path`."""
+        return self.measure()
+
+    def recorded(self) -> list[Product]:
+        """The unit's product and its gate's."""
+        return [self.producer, self.gate]
+
+    def taps(self) -> dict[Address, int]:
+        """What rows are multiplied by."""
+        return {weight.address: weight.operand for weight in self.weights}
 
 
 class Gate(NamedTuple):

@@ -1,34 +1,63 @@
 """Hidden layers: one product writes the dimension, aligned products read it, empty slots are silent; or why not."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from jaxtyping import Array
 
+from tinyjax.core.kinds import HIDDEN_LAYER
 from tinyjax.discovery.dimensions.dimensions import Dimensions
 from tinyjax.discovery.dimensions.primitives import BETWEEN_ACTIVATIONS, INPUT, SAMPLES, SHARED_HEADS
 from tinyjax.discovery.dimensions.products import Product, aligned
 from tinyjax.discovery.dimensions.unification import Atom, root
-from tinyjax.discovery.graph.graph import VIEWS, Value
+from tinyjax.discovery.graph.graph import VIEWS, Address, Value
 from tinyjax.discovery.kinds.attention_scores import is_shared
-from tinyjax.discovery.kinds.gated_units import Gate, pair_up
+from tinyjax.discovery.kinds.attention_values import find_values_path
+from tinyjax.discovery.kinds.convolution import find_convolution_path
+from tinyjax.discovery.kinds.gated_units import Gate, GatedPath, pair_up
 from tinyjax.discovery.paths.activations import activation_between
 from tinyjax.discovery.paths.batch_norm import find_norm, roles
 from tinyjax.discovery.paths.flow import Flow, follow_product
-from tinyjax.discovery.paths.image_geometry import is_rowwise, lay_out
+from tinyjax.discovery.paths.image_geometry import is_rowwise
 from tinyjax.discovery.paths.kept_rows import ROW_BY_ROW
 from tinyjax.discovery.paths.path import Path, Verdict, readers
 from tinyjax.discovery.paths.refusals import CannotGrow
-from tinyjax.discovery.paths.row_factors import lay_out_row_factor
+from tinyjax.discovery.paths.row_factors import RowFactorLayout, lay_out_row_factor
 from tinyjax.discovery.paths.slopes import slope_at_empty
-from tinyjax.discovery.paths.slot_paths import find_tangent
 
 
-def static_reason(
-    model: Dimensions, dimension: Atom, producers: Sequence[Product], consumers: Sequence[Product]
-) -> str:
+@dataclasses.dataclass(frozen=True)
+class HiddenPath(Path):
+    """A path between two matrix products that work on the same rows.
+
+    Attributes:
+        activation: elementwise, of the producer's output on its way to the consumers; None if more than elementwise
+            operations lie there.
+        weights: what every row was multiplied by between the two.
+        measure: the slope, see `slope_at_empty`.
+    """
+
+    activation: Callable[[Array], Array] | None
+    weights: tuple[RowFactorLayout, ...]
+    measure: Callable[[], float | None]
+
+    kind = HIDDEN_LAYER
+    between = "more than an elementwise activation"
+
+    def slope(self) -> float | None:
+        """See `Path`."""
+        return self.measure()
+
+    def taps(self) -> dict[Address, int]:
+        """What rows are multiplied by."""
+        return {weight.address: weight.operand for weight in self.weights}
+
+
+def static_reason(model: Dimensions, dimension: Atom) -> str:
     """Why the dimension cannot grow, as far as the shapes of its kernels tell."""
+    producers, consumers = model.producing.get(dimension, []), model.consuming.get(dimension, [])
     if dimension in model.obstructed:
         return model.obstructed[dimension]
     if not producers:
@@ -65,10 +94,11 @@ def unwritten(model: Dimensions, dimension: Atom, consumers: Sequence[Product]) 
     return "no matrix product with a parameter writes it"
 
 
-def find_layer(
-    model: Dimensions, dimension: Atom, producers: Sequence[Product], consumers: Sequence[Product]
-) -> Verdict:
+def find_hidden_layer(model: Dimensions, dimension: Atom) -> Verdict:
     """The aligned producer-consumer pairs, the roles of the vectors along it, or why there are none."""
+    if reason := static_reason(model, dimension):
+        return Verdict(reason)
+    producers, consumers = model.producing[dimension], model.consuming.get(dimension, [])
     paths, found, norms = [], {}, []
     kernels = (*producers, *consumers)
     accounted, kernel_leaves = {use.op for use in kernels}, {use.leaf for use in kernels}
@@ -125,7 +155,8 @@ def find_layer(
                 return Verdict(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
         if model.names[leaf] not in kernel_leaves and found.get(leaf) not in known:
             return Verdict(f"`{model.names[leaf]}` is neither a plain shift nor a plain scale")
-    return Verdict("", tuple(paths), [path.producer for path in paths], readers(paths), found, norms[0])
+    gates = [path.gate for path in paths if isinstance(path, GatedPath)]
+    return Verdict("", paths, [path.producer for path in paths], readers(paths), found, norms[0], gates=gates)
 
 
 def _by_input(uses: Sequence[Product]) -> dict[Value, list[int]]:
@@ -160,30 +191,23 @@ def _path(
     if flow.rows.mixing[read] != ROW_BY_ROW or len(producer.kernel.cols) != 1:
         if gate is not None:
             raise CannotGrow(flow.rows.mixing[read] or f"`{producer.leaf}` produces it together with another axis")
-        return _mixed_path(model, producer, consumers, flow, dimension)
-    pools, weights = flow.poolings.before[read], flow.factors.of[read]
+        return find_values_path(model, producer, consumers, flow, dimension)
     slope = partial(slope_at_empty, model.wiring, flow, producer.op.outs[0], read)
-    if is_rowwise(producer, consumers, pools):
-        for use in consumers:
-            if len([f for f in use.inputs.cols if use.input_atoms[f] is not None]) > 1:
-                raise CannotGrow(f"`{use.leaf}` reads every neuron more than once")
-        order = [*model.axes.sample_atoms(), *(a for a in producer.rows if a is not None)]
-        producer = aligned(producer, order)
-        laid = tuple(lay_out_row_factor(model.axes, weight, producer) for weight in weights)
-        readers = tuple(aligned(c, order) for c in consumers)
-        if gate is None:
-            activation = _activation(model, producer, read)
-            return Path(producer, readers, None, laid, activation=activation, slope=slope)
-        if not is_rowwise(producer, [gate.use], ()) or gate.use.op.scans != producer.op.scans:
-            raise CannotGrow(f"its gate `{gate.use.leaf}` has other rows than `{producer.leaf}`")
-        return Path(producer, readers, None, laid, aligned(gate.use, order), gate.activation, slope=slope)
-    if gate is not None:
-        raise CannotGrow("a gated unit between convolutions or poolings")
-    if weights:
-        ops = ", ".join(f"`{weight.op.name}`" for weight in weights)
-        raise CannotGrow(f"its rows are weighted one by one in {ops}, between convolutions or poolings")
-    geometry, producer, consumers = lay_out(model.axes, producer, consumers, pools, dimension)
-    return Path(producer, consumers, geometry, slope=slope)
+    if not is_rowwise(producer, consumers, flow.poolings.before[read]):
+        if gate is not None:
+            raise CannotGrow("a gated unit between convolutions or poolings")
+        return find_convolution_path(model, producer, consumers, flow, dimension, slope)
+    for use in consumers:
+        if len([f for f in use.inputs.cols if use.input_atoms[f] is not None]) > 1:
+            raise CannotGrow(f"`{use.leaf}` reads every neuron more than once")
+    order = [*model.axes.sample_atoms(), *(a for a in producer.rows if a is not None)]
+    producer, readers = aligned(producer, order), tuple(aligned(c, order) for c in consumers)
+    weights = tuple(lay_out_row_factor(model.axes, weight, producer) for weight in flow.factors.of[read])
+    if gate is None:
+        return HiddenPath(producer, readers, _activation(model, producer, read), weights, slope)
+    if not is_rowwise(producer, [gate.use], ()) or gate.use.op.scans != producer.op.scans:
+        raise CannotGrow(f"its gate `{gate.use.leaf}` has other rows than `{producer.leaf}`")
+    return GatedPath(producer, readers, aligned(gate.use, order), gate.activation, weights, slope)
 
 
 def _activation(model: Dimensions, producer: Product, read: Value) -> Callable[[Array], Array] | None:
@@ -192,20 +216,6 @@ def _activation(model: Dimensions, producer: Product, read: Value) -> Callable[[
         return activation_between(model.wiring, producer, read)
     except CannotGrow:
         return None
-
-
-def _mixed_path(
-    model: Dimensions, producer: Product, consumers: tuple[Product, ...], flow: Flow, dimension: Atom
-) -> Path:
-    """A path along which rows are mixed, in the rows of the consumers."""
-    if producer.window is not None or any(c.window is not None for c in consumers):
-        raise CannotGrow(flow.rows.mixing[consumers[0].input_value] or f"`{producer.leaf}` produces it in groups")
-    order = [*model.axes.sample_atoms(), *(a for a in consumers[0].rows if a is not None)]
-    if any({root(a) for a in c.rows if a is not None} != {root(a) for a in order} for c in consumers):
-        raise CannotGrow("its consumers read it in different rows")
-    read = tuple(aligned(c, order) for c in consumers)
-    tangent, producer, read = find_tangent(model.axes, model.wiring, flow, producer, read, dimension, model.kernels)
-    return Path(producer, read, tangent=tangent)
 
 
 def _vector_reason(model: Dimensions, flow: Flow, kernels: set[str]) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from tinyjax.core.kinds import QUERY_KEY
 from tinyjax.core.layout import Layout
 from tinyjax.discovery.dimensions.constant_folding import number_of
 from tinyjax.discovery.dimensions.dimensions import Dimensions
@@ -17,13 +18,60 @@ from tinyjax.discovery.dimensions.primitives import BETWEEN_ACTIVATIONS, has_vie
 from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom, root
 from tinyjax.discovery.graph.def_use import is_layout
-from tinyjax.discovery.graph.graph import ADDITIONS, LAYOUTS, Op
-from tinyjax.discovery.kinds.attention_scores import HEAD, NORMED, QUERY_HEAD, SAMPLE, TOKEN, ScoreLayouts
+from tinyjax.discovery.graph.graph import ADDITIONS, LAYOUTS, Address, Op
+from tinyjax.discovery.kinds.attention_scores import (
+    HEAD,
+    NORMED,
+    QUERY_HEAD,
+    SAMPLE,
+    TOKEN,
+    Attention,
+    ScoreLayouts,
+    score_op,
+)
+from tinyjax.discovery.kinds.hidden_layer import static_reason
 from tinyjax.discovery.paths.flow import follow_product
 from tinyjax.discovery.paths.mixing import is_norm
-from tinyjax.discovery.paths.path import Path, QueryKey, Verdict
+from tinyjax.discovery.paths.path import Path, Verdict
 from tinyjax.discovery.paths.refusals import CannotGrow
-from tinyjax.discovery.paths.slot_paths import slot_path
+from tinyjax.discovery.paths.slot_paths import Tangent, slot_path
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryKeyPath(Path):
+    """Queries and keys on their way to their product; the producer makes queries, the consumer is the product.
+
+    Attributes:
+        key: the product that makes the keys, its kernel read with slots as rows.
+        projected: the same product as it stands.
+        queries: from the query's product to the scores.
+        keys: from the key's product to the scores.
+        sizes: samples, heads, queries a head, tokens of the queries, tokens of the keys.
+        repeated: how often the keys of a head are repeated before the scores (1 or the queries a head).
+        attention: the weights, None where they are not found.
+        power: p where scores are multiplied by capacity^-p (1/2, or 1), which follows the capacity; 0 elsewhere.
+    """
+
+    key: Product
+    projected: Product
+    queries: Tangent
+    keys: Tangent
+    sizes: tuple[int, int, int, int, int]
+    repeated: int
+    attention: Attention | None
+    power: float
+
+    kind = QUERY_KEY
+    between = "heads or mixed rows"
+
+    def recorded(self) -> list[Product]:
+        """Queries and keys."""
+        return [self.producer, self.projected]
+
+    def taps(self) -> dict[Address, int]:
+        """What queries and keys are multiplied by, and the weights."""
+        weights = {} if self.attention is None else {self.attention.address: self.attention.operand}
+        return {**self.queries.taps, **self.keys.taps, **weights}
 
 
 def attends(model: Dimensions, scores: Op) -> bool:
@@ -39,8 +87,8 @@ def attends(model: Dimensions, scores: Op) -> bool:
 
 def find_pair(
     model: Dimensions, op: Op, producers: Sequence[Product], dimension: Atom
-) -> tuple[Product, Product, QueryKey, dict[int, str], set[Op]]:
-    """The query's product and the scores as its consumer, the keys, the roles of vectors, the operations seen.
+) -> tuple[QueryKeyPath, dict[int, str], set[Op]]:
+    """The queries and keys that are contracted in an operation, the roles of vectors, the operations seen.
 
     Raises:
         CannotGrow: with the reason.
@@ -110,9 +158,19 @@ def find_pair(
         query, op=op, operand=key_side, inputs=layouts.queries, outputs=layouts.scores, bias=None, rows=()
     )
     power = _power(model, op, (*queries.ops, *keys.ops), dimension.size)
-    pair = QueryKey(_as_fan_out(key, dimension), key, queries, keys, pair_sizes, repeated, attention, power)
-    seen = {query.op, key.op, *(found[0].op for found in entries.values())}
-    return _as_fan_in(query, dimension, shared), scores, pair, dict.fromkeys(entries, "shift"), seen
+    path = QueryKeyPath(
+        producer=_as_fan_in(query, dimension, shared),
+        consumers=(scores,),
+        key=_as_fan_out(key, dimension),
+        projected=key,
+        queries=queries,
+        keys=keys,
+        sizes=pair_sizes,
+        repeated=repeated,
+        attention=attention,
+        power=power,
+    )
+    return path, dict.fromkeys(entries, "shift"), {query.op, key.op, *(found[0].op for found in entries.values())}
 
 
 def _power(model: Dimensions, op: Op, before: Sequence[Op], capacity: int) -> float:
@@ -168,16 +226,32 @@ def _as_fan_out(use: Product, dimension: Atom) -> Product:
     return dataclasses.replace(use, kernel=kernel, bias=None)
 
 
-def find_query_key(model: Dimensions, scores: Op, producers: Sequence[Product], dimension: Atom) -> Verdict:
+def is_query_key(model: Dimensions, dimension: Atom) -> bool:
+    """Whether two activations are contracted over the dimension, and nothing else reads it."""
+    return score_op(model, dimension) is not None and not model.consuming.get(dimension)
+
+
+def find_query_key(model: Dimensions, dimension: Atom) -> Verdict:
     """The path of a query-key dimension, or why it cannot grow."""
+    scores = score_op(model, dimension)
+    assert scores is not None
+    found = find_scored(model, scores, dimension)
+    if found.reason and not attends(model, scores):
+        return Verdict(static_reason(model, dimension))
+    return found
+
+
+def find_scored(model: Dimensions, scores: Op, dimension: Atom) -> Verdict:
+    """The path of the dimension that some scores contract, or why it cannot grow."""
     try:
-        producer, consumer, pair, found, seen = find_pair(model, scores, producers, dimension)
+        path, found, seen = find_pair(model, scores, model.producing.get(dimension, []), dimension)
     except CannotGrow as refusal:
         return Verdict(str(refusal))
     for leaf, _ in model.leaves[dimension]:
         for op, _ in model.entries.get(leaf, ()):
             if op not in seen:
                 return Verdict(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
-    scaled = [layout.leaf for layout in (producer.kernel, producer.bias) if layout is not None and pair.power]
-    powers = tuple((leaf, pair.power) for leaf in scaled)
-    return Verdict("", (Path(producer, (consumer,), pair=pair),), [producer], [pair.key], found, powers=powers)
+    query = path.producer
+    scaled = [layout.leaf for layout in (query.kernel, query.bias) if layout is not None and path.power]
+    powers = tuple((leaf, path.power) for leaf in scaled)
+    return Verdict("", (path,), [query], [path.key], found, powers=powers)

@@ -17,12 +17,14 @@ from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
 from tinyjax.discovery.graph.def_use import is_layout
 from tinyjax.discovery.graph.graph import Op, Scan, Value
-from tinyjax.discovery.paths.path import NONE
 from tinyjax.discovery.paths.refusals import CannotGrow
 from tinyjax.discovery.paths.slopes import step_of
 
 Along = Scan | Atom | None
 """What counts the steps of a tensor: a scan around its operation, an axis, or nothing (a single step)."""
+
+NONE = -1
+"""A step at which something else than a state of this place is read: an initial state, another place."""
 
 
 class Held(NamedTuple):

@@ -8,31 +8,61 @@ product reads at each of its steps. The loop may be a `scan` or written out, its
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
+from tinyjax.core.kinds import RECURRENT_UNITS
 from tinyjax.core.layout import Layout
 from tinyjax.discovery.dimensions.dimensions import Dimensions
 from tinyjax.discovery.dimensions.products import Product, leaf_factors
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
 from tinyjax.discovery.graph.def_use import is_view
 from tinyjax.discovery.graph.graph import ADDITIONS, Op, Scan, Value
-from tinyjax.discovery.kinds.recurrent_states import Along, Held, States
-from tinyjax.discovery.paths.path import NONE, Cell, Path, Verdict, readers
+from tinyjax.discovery.kinds.recurrent_states import NONE, Along, Held, States
+from tinyjax.discovery.paths.path import Path, Verdict, readers
 from tinyjax.discovery.paths.refusals import CannotGrow
 from tinyjax.discovery.paths.slopes import mean_slope, step_of
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentPath(Path):
+    """The states that one sum of products makes, and the products that read them.
+
+    The rows of all its uses are (samples, other axes, steps).
+
+    Attributes:
+        length: how many states there are for each row of the other axes.
+        terms: the products that are summed, by leaf.
+        reads: for each consumer, the state that it reads at each of its steps, -1 for one from elsewhere.
+        measured: slope of a state in the sum, at 0; None where it is not finite.
+    """
+
+    length: int
+    terms: Mapping[str, Product]
+    reads: tuple[tuple[int, ...], ...]
+    measured: float | None
+
+    kind = RECURRENT_UNITS
+    between = "a recurrence"
+
+    def slope(self) -> float | None:
+        """See `Path`."""
+        return self.measured
+
+    def recorded(self) -> list[Product]:
+        """All products that are summed."""
+        return [*self.terms.values()]
 
 
 class Recurrence(NamedTuple):
     """A recurrent dimension.
 
     Attributes:
-        cells: each with its consumers.
+        paths: one for each sum of products.
         found: roles of the vectors along it, by leaf.
         seen: the operations in which leaves enter that are accounted for.
     """
 
-    cells: tuple[tuple[Cell, tuple[Product, ...]], ...]
+    paths: tuple[RecurrentPath, ...]
     found: dict[int, str]
     seen: set[Op]
 
@@ -52,7 +82,7 @@ class _Sum(NamedTuple):
 def find_recurrence(
     model: Dimensions, dimension: Atom, producers: Sequence[Product], consumers: Sequence[Product]
 ) -> Recurrence:
-    """The cells of a recurrent dimension.
+    """The sums of a recurrent dimension, and what reads their states.
 
     Raises:
         CannotGrow: with the reason.
@@ -67,7 +97,7 @@ def find_recurrence(
     sums = _sums(model, dimension, producers)
     biases = _biases(model, dimension, producers, sums)
     order = _order(model, *next(iter(sums[0].terms.values())))
-    cells, read = [], set[Product]()
+    paths, read = [], set[Product]()
     reading: dict[Value, list[Product]] = {}
     for use in consumers:
         reading.setdefault(use.input_value, []).append(use)
@@ -88,12 +118,13 @@ def find_recurrence(
             reads = tuple(found.steps for found in held.values())
             above, below = next(iter(held.values())).near
             slope = mean_slope(above, below, step=step_of(one.value.dtype))
-            cells.append((Cell(states.length, terms, reads, slope), laid))
+            first = next(iter(terms.values()))
+            paths.append(RecurrentPath(first, laid, states.length, terms, reads, slope))
     for use in consumers:
         if use not in read and model.wiring.scalar(use.input_value) != 0:
             raise CannotGrow(f"`{use.leaf}` reads it where no state is made")
     seen = {use.op for use in (*producers, *consumers)} | {op for one in sums for op in one.added}
-    return Recurrence(tuple(cells), dict.fromkeys(sums[0].shifts, "shift"), seen)
+    return Recurrence(tuple(paths), dict.fromkeys(sums[0].shifts, "shift"), seen)
 
 
 def _require_plain(use: Product, dimension: Atom) -> None:
@@ -220,17 +251,17 @@ def _require_once(held: Mapping[Product, Held]) -> None:
             seen.add((use.leaf, step))
 
 
-def recurs(model: Dimensions, dimension: Atom, producers: Sequence[Product], consumers: Sequence[Product]) -> bool:
+def recurs(model: Dimensions, dimension: Atom) -> bool:
     """Whether a leaf reads the dimension along one of its axes and writes it along another."""
+    producers, consumers = model.producing.get(dimension, []), model.consuming.get(dimension, [])
     both = {use.leaf for use in producers} & {use.leaf for use in consumers}
     times = Counter(model.names[leaf] for leaf, _ in model.leaves[dimension])
-    return dimension not in model.obstructed and any(times[leaf] > 1 for leaf in both)
+    return any(times[leaf] > 1 for leaf in both)
 
 
-def find_recurrent_units(
-    model: Dimensions, dimension: Atom, producers: Sequence[Product], consumers: Sequence[Product]
-) -> Verdict:
-    """The cells of a recurrent dimension, or why it cannot grow."""
+def find_recurrent_units(model: Dimensions, dimension: Atom) -> Verdict:
+    """The sums of a recurrent dimension and what reads them, or why it cannot grow."""
+    producers, consumers = model.producing[dimension], model.consuming[dimension]
     try:
         found = find_recurrence(model, dimension, producers, consumers)
     except CannotGrow as refusal:
@@ -239,13 +270,9 @@ def find_recurrent_units(
         for op, _ in model.entries.get(leaf, ()):
             if op not in found.seen:
                 return Verdict(f"`{model.names[leaf]}` also enters the model through `{op.name}`")
-    paths = tuple(
-        Path(next(iter(cell.terms.values())), uses, cell=cell, slope=partial(_slope, cell))
-        for cell, uses in found.cells
-    )
     leaves = list(dict.fromkeys(use.leaf for use in producers))
-    terms = [use for cell, _ in found.cells for use in cell.terms.values()]
-    return Verdict("", paths, sorted(terms, key=lambda use: leaves.index(use.leaf)), readers(paths), found.found)
+    terms = sorted((use for path in found.paths for use in path.recorded()), key=lambda use: leaves.index(use.leaf))
+    return Verdict("", found.paths, terms, readers(found.paths), found.found)
 
 
 def _how_it_recurs(model: Dimensions, producers: Sequence[Product], consumers: Sequence[Product]) -> str:
@@ -253,7 +280,3 @@ def _how_it_recurs(model: Dimensions, producers: Sequence[Product], consumers: S
     both = [use.leaf for use in producers if any(use.leaf == other.leaf for other in consumers)]
     steps = any(use.op.scans for use in (*producers, *consumers)) or len(set(both)) < len(both)
     return "it recurs" if steps else f"`{both[0]}` both reads and writes it"
-
-
-def _slope(cell: Cell) -> float | None:
-    return cell.slope

@@ -6,30 +6,52 @@ small as gamma changes it by gamma^2, so that the slope is exact when writers ta
 and position embeddings are writers whose inputs are one-hot rows.
 """
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple, overload
 
+from tinyjax.core.kinds import RESIDUAL_STREAM
 from tinyjax.core.site import Stream
 from tinyjax.discovery.dimensions.dimensions import Dimensions
 from tinyjax.discovery.dimensions.primitives import BETWEEN_ACTIVATIONS
 from tinyjax.discovery.dimensions.products import Product, aligned
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
-from tinyjax.discovery.graph.graph import MATMULS, SUMS, Op, Value
+from tinyjax.discovery.graph.graph import MATMULS, SUMS, Address, Op, Value
 from tinyjax.discovery.kinds.embeddings import _added, _lookups, num_inputs
 from tinyjax.discovery.kinds.rms_norm import _is_behind_norm, _norms, _powers
 from tinyjax.discovery.paths.batch_norm import roles
 from tinyjax.discovery.paths.flow import Flow, follow_product
-from tinyjax.discovery.paths.path import Branch, Path, Tangent, Verdict, readers
+from tinyjax.discovery.paths.path import Path, Verdict, readers
 from tinyjax.discovery.paths.refusals import CannotGrow
-from tinyjax.discovery.paths.slot_paths import between, follow, slot_path
+from tinyjax.discovery.paths.slot_paths import Tangent, between, follow, slot_path
 
 LARGEST = 2**26
 """Numbers in the second moments of all readers: beyond it a stream is not grown."""
 
 _Writer = tuple[Product, tuple[int, ...] | None]
 """A writer, and of a table that is added as it is which of its rows go where."""
+
+
+class Branch(NamedTuple):
+    """A writer of a stream on its way to one reader.
+
+    Attributes:
+        use: the product that writes; of a table, the operation by which its rows enter.
+        rows: of a table that is added as it is (position embeddings, vectors), which of its rows every row of
+            `use.outputs` takes; None elsewhere.
+        tangent: what lies between writer and reader; None where the reader comes first.
+    """
+
+    use: Product
+    rows: tuple[int, ...] | None
+    tangent: Tangent | None
+
+    @property
+    def is_table(self) -> bool:
+        """Whether rows are looked up instead of multiplied."""
+        return self.use.op.name not in MATMULS
 
 
 class Branches(Sequence[Branch]):
@@ -56,24 +78,27 @@ class Branches(Sequence[Branch]):
         return len(self._writers)
 
 
-class Found(NamedTuple):
-    """A stream that can grow.
+@dataclasses.dataclass(frozen=True)
+class StreamPath(Path):
+    """One tensor that is read, all writers on their way to it; the producer is the first of them.
 
     Attributes:
-        writers: the products and tables that write it, in order.
-        branches: for every tensor that is read, the writers on their way to it.
-        readers: for every tensor that is read, the products that read it, rows in one order.
-        roles: of the vectors on the stream.
-        powers: see `Site`: the norm divides by the capacity.
-        stream: for the site.
+        branches: the writers.
     """
 
-    writers: tuple[Product, ...]
-    branches: tuple[Branches, ...]
-    readers: tuple[tuple[Product, ...], ...]
-    roles: dict[int, str]
-    powers: tuple[tuple[str, float], ...]
-    stream: Stream
+    branches: Branches
+
+    kind = RESIDUAL_STREAM
+    between = "a residual stream"
+
+    def recorded(self) -> list[Product]:
+        """All writers but tables that are added as they are."""
+        return [branch.use for branch in self.branches if branch.rows is None]
+
+    def taps(self) -> dict[Address, int]:
+        """What lies between writers and readers."""
+        between = [branch.tangent.taps for branch in self.branches if branch.tangent is not None]
+        return {address: operand for taps in between for address, operand in taps.items()}
 
 
 def sums_along(model: Dimensions, dimension: Atom) -> list[Op]:
@@ -98,8 +123,8 @@ def num_writers(model: Dimensions, dimension: Atom) -> int:
     return len({use.leaf for use in (*model.producing.get(dimension, []), *_lookups(model, dimension))})
 
 
-def find_stream(model: Dimensions, dimension: Atom) -> Found:
-    """The writers and readers of a residual stream.
+def find_stream(model: Dimensions, dimension: Atom) -> Verdict:
+    """The writers and readers of a residual stream, a path for each tensor that is read.
 
     Raises:
         CannotGrow: with the reason why it cannot grow.
@@ -127,12 +152,13 @@ def find_stream(model: Dimensions, dimension: Atom) -> Found:
     uses = tuple(use for use, _ in writers)
     _require_followed(model, flow, dimension, uses, products, [group[0].input_value for group in groups])
     powers = _powers(model, flow, found, uses, groups) if divided else ()
-    normed = divided is not None
+    stream = Stream(tuple(map(len, groups)), normed=divided is not None)
     parts = functools.cache(flow.downstream)
-    branches = tuple(
-        Branches(writers, functools.partial(_tangent, model, parts, dimension, group[0])) for group in groups
-    )
-    return Found(uses, branches, groups, found, powers, Stream(tuple(map(len, groups)), normed))
+    paths = []
+    for group in groups:
+        branches = Branches(writers, functools.partial(_tangent, model, parts, dimension, group[0]))
+        paths.append(StreamPath(uses[0], group, branches))
+    return Verdict("", paths, uses, readers(paths), found, powers=powers, stream=stream)
 
 
 def _require_plain(writers: Sequence[Product], consumers: Sequence[Product]) -> None:
@@ -238,11 +264,11 @@ def _tangent(
     return slot_path(model.axes, model.wiring, own, writer, dimension, read, reader.inputs, {dimension}, model.kernels)
 
 
-def may_be_stream(model: Dimensions, dimension: Atom, consumers: Sequence[Product]) -> bool:
+def may_be_stream(model: Dimensions, dimension: Atom) -> bool:
     """Whether a dimension that is no hidden layer may be a stream: written or read several times, or an embedding."""
-    if dimension in model.obstructed or BETWEEN_ACTIVATIONS in dimension.marks:
+    if BETWEEN_ACTIVATIONS in dimension.marks:
         return False
-    producers = model.producing.get(dimension, [])
+    producers, consumers = model.producing.get(dimension, []), model.consuming.get(dimension, [])
     if {use.leaf for use in producers} & {use.leaf for use in consumers}:
         return False
     written = num_writers(model, dimension)
@@ -250,10 +276,11 @@ def may_be_stream(model: Dimensions, dimension: Atom, consumers: Sequence[Produc
     return written > 1 or embedding or len({model.wiring.origin(use.input_value) for use in consumers}) > 1
 
 
-def find_residual_stream(model: Dimensions, dimension: Atom, consumers: Sequence[Product], reason: str) -> Verdict:
+def find_residual_stream(model: Dimensions, dimension: Atom, reason: str) -> Verdict:
     """The paths of a residual stream, one for each tensor that is read, or why it cannot grow."""
+    consumers = model.consuming.get(dimension, [])
     try:
-        found = find_stream(model, dimension)
+        return find_stream(model, dimension)
     except CannotGrow as refusal:
         count = num_writers(model, dimension)
         if "tied embeddings" in str(refusal) and "its consumers" in reason:  # each reads what another writes
@@ -264,6 +291,3 @@ def find_residual_stream(model: Dimensions, dimension: Atom, consumers: Sequence
         plain |= "producers" not in reason and any(use.window for use in model.producing.get(dimension, []))
         how = " (a residual stream)" if is_residual(model, sums) else ", added up"
         return Verdict(reason if plain else f"{count} producers{how}: {refusal}")
-    pairs = zip(found.branches, found.readers)
-    paths = tuple(Path(found.writers[0], group, branches=branches) for branches, group in pairs)
-    return Verdict("", paths, found.writers, readers(paths), found.roles, powers=found.powers, stream=found.stream)

@@ -17,8 +17,27 @@ from tinyjax.discovery.dimensions.primitives import REDUCTIONS
 from tinyjax.discovery.dimensions.products import Product
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
 from tinyjax.discovery.graph.graph import Op
-from tinyjax.discovery.paths.path import Geometry
 from tinyjax.discovery.paths.refusals import CannotGrow
+
+
+class Geometry(NamedTuple):
+    """The windows of a path, over images of `space` pixels.
+
+    Attributes:
+        producer: window of the producer.
+        consumer: window of the consumers.
+        between: windows of the poolings between the two, in order.
+        space: pixels of the producer's input.
+        hidden: pixels of the consumers' input.
+        out: pixels of the consumers' output.
+    """
+
+    producer: Window
+    consumer: Window
+    between: tuple[Window, ...]
+    space: tuple[int, ...]
+    hidden: tuple[int, ...]
+    out: tuple[int, ...]
 
 
 class _Pixels(NamedTuple):

@@ -18,10 +18,9 @@ from tinyjax.discovery.dimensions.primitives import is_elementwise
 from tinyjax.discovery.dimensions.products import Product, array_layout
 from tinyjax.discovery.dimensions.unification import Atom, root
 from tinyjax.discovery.graph.def_use import is_layout
-from tinyjax.discovery.graph.graph import SUMS, Op, Value
+from tinyjax.discovery.graph.graph import SUMS, Address, Op, Value
 from tinyjax.discovery.graph.known_functions import KNOWN_FUNCTIONS
 from tinyjax.discovery.paths.dataflow import Dataflow
-from tinyjax.discovery.paths.path import RowFactorLayout
 from tinyjax.discovery.paths.poolings import Poolings
 from tinyjax.discovery.paths.refusals import CannotGrow
 
@@ -114,6 +113,33 @@ def _factor(flow: Dataflow, op: Op, operand: int, scales: dict[Op, list[tuple[Op
             op, operand = maker, 0
         value = op.ins[operand]
     return RowFactor(op, operand, value, factor)
+
+
+class RowFactorLayout(NamedTuple):
+    """A factor of the rows of a path.
+
+    Attributes:
+        address: of the operation that reads it.
+        operand: which operand of it.
+        factor: from the recorded tensor to the factor.
+        layout: of the recorded tensor, rows in the order of the producer's.
+        shape: for every factor of the producer's rows its length, or 1 where the tensor does not depend on it.
+        rows: for every factor of the producer's rows its length.
+    """
+
+    address: Address
+    operand: int
+    factor: Callable[[Array], Array]
+    layout: Layout
+    shape: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def column(self, recorded: Array) -> Array:
+        """The factor of every row, `(*stack, rows, 1)`."""
+        matrix = self.layout.to_matrix(recorded)
+        lead = matrix.shape[: len(self.layout.stack)]
+        column = jnp.broadcast_to(matrix.reshape(*lead, *self.shape), (*lead, *self.rows))
+        return self.factor(column.reshape(*lead, -1, 1))
 
 
 def lay_out_row_factor(axes: Axes, weight: RowFactor, producer: Product) -> RowFactorLayout:

@@ -7,8 +7,8 @@ columns at a time as there are slots, through the operations of the path, each r
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence, Set
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 from tinyjax.core.layout import Layout
 from tinyjax.discovery.dimensions.axes import Axes
@@ -18,12 +18,45 @@ from tinyjax.discovery.dimensions.unification import Atom, root, roots
 from tinyjax.discovery.graph.def_use import DefUse, is_layout, is_view
 from tinyjax.discovery.graph.graph import SUMS, Address, Op, Value
 from tinyjax.discovery.paths.flow import Flow
-from tinyjax.discovery.paths.path import Tangent
 from tinyjax.discovery.paths.refusals import CannotGrow
 from tinyjax.discovery.paths.slopes import carried_near
 
 _AXES = {"reduce_sum": "axes", "rev": "dimensions", "cumsum": "axis"}  # by which parameter they name their axes
 _ALONG_ROWS = ("dot_general", "reduce_sum", "broadcast_in_dim", "slice", "rev", "cumsum")
+
+
+class Tangent(NamedTuple):
+    """The path of a slot from a product to its consumers.
+
+    Attributes:
+        ops: the operations on the way, in order.
+        taps: for every operation that multiplies by a tensor from outside, by address, which operand that is.
+        factors: for every operand that is a tapped tensor times a scale, which is 1 for a newborn, where it is tapped.
+        scalars: for every other operand from outside, the number it holds everywhere.
+        empty: what an empty slot holds, for every value on the way.
+        producer: the product, its columns being heads and slots.
+        slot: factor of the product's output that counts slots.
+        read: the value it ends in.
+        layout: of that value; its columns are (heads, offsets, slots).
+        near: what a slot holds, for every value on the way, where the product is a little above 0 and a little below.
+    """
+
+    ops: tuple[Op, ...]
+    taps: Mapping[Address, int]
+    factors: Mapping[Value, Address]
+    scalars: Mapping[Value, Any]
+    empty: Mapping[Value, Any]
+    producer: Product
+    slot: int
+    read: Value
+    layout: Layout
+    near: tuple[Mapping[Value, Any], Mapping[Value, Any]]
+
+    @property
+    def sign(self) -> float:
+        """Of the slope, which what is carried along the path holds; 1 where there is none."""
+        above, below = (float(side[self.read]) for side in self.near)
+        return -1.0 if above < below else 1.0
 
 
 def find_tangent(
