@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tinyjax.core.kinds import KINDS
+
 PACKAGE = Path(__file__).parents[2] / "tinyjax"
 FLOORS = [
     {"core", "data", "models", "plot"},
@@ -139,3 +141,28 @@ def test_every_room_has_a_door_sign_and_few_files():
         assert len(list(folder.glob("*.py"))) <= MOST_FILES, f"{folder.name} holds too many files"
         beside = folder.with_suffix(".py")
         assert not beside.exists(), f"{beside.name} lies beside a folder of its name, which hides it"
+
+
+# What only some kinds have, and the files that may ask whether it is there: those of the kinds, and two homes in core.
+OF_SOME_KINDS = {"geometry", "weights", "cell", "pair", "head", "heads", "branches", "gate", "pattern", "stream"}
+MAY_ASK = {"core.site", "core.kernels"} | {
+    f"{room}.{file}"
+    for room in ("discovery.kinds", "estimation", "statistics", "methods.solvers")
+    for file in [kind.replace(" ", "_").replace("-", "_") for kind in KINDS] + ["by_head"]
+}
+
+
+def test_every_kind_has_a_file_of_its_name():
+    for kind in KINDS:
+        file = kind.replace(" ", "_").replace("-", "_")
+        assert {f"discovery.kinds.{file}", f"estimation.{file}"} <= FILES.keys(), f"no file is named after {kind}"
+
+
+@every_file
+def test_only_a_kind_asks_what_only_it_has(name):
+    if name in MAY_ASK or not inside(name, {"discovery", "estimation"}):
+        return
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr in OF_SOME_KINDS:
+            asks = any(isinstance(other, ast.Constant) and other.value is None for other in node.comparators)
+            assert not asks, f"{name}:{node.lineno} asks for `{node.left.attr}`; let the kind answer"
