@@ -52,7 +52,7 @@ MUTANTS = [
     Mutant("an empty half is divided by zero", "count = jnp.where(count > 0, count, 1)", "count = count * 1",
            "test_an_empty_half_gives_zeros"),
     # Signs
-    Mutant("the goal points uphill", "v = -num_samples * jnp.concatenate(goals, axis=-1)", "v = num_samples * jnp.concatenate(goals, axis=-1)",
+    Mutant("the goal points uphill", "return -at.num_samples * jnp.concatenate(found, axis=-1)", "return at.num_samples * jnp.concatenate(found, axis=-1)",
            "test_a_best_update_that_would_raise_the_loss_is_rejected"),
     Mutant("what a falling activation writes keeps its sign", "return neurons._replace(omega=-neurons.omega)", "return neurons",
            "test_a_falling_activation_grows_as_the_rising_one[gelu]"),
