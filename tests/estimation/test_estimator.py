@@ -1,5 +1,6 @@
 """Statistics against loops over samples and positions, chunks, iterators, and misuse."""
 
+import dataclasses
 import importlib
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tinyjax
 from tests.support.zoo import layers
 from tinyjax.discovery.sites import find_sites
 from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.estimator import estimate, estimate_batch
+from tinyjax.estimation.options import EstimateOptions, SumOptions
 from tinyjax.statistics.merging import merge
 
 LOSS = layers.mse(layers.dense2)
@@ -201,6 +204,12 @@ def test_misuse(change, message):
     loss_fn, params, batch, options = change(params, batch)
     with pytest.raises(ValueError, match=message):
         estimate(loss_fn, params, batch, site, **options)
+
+
+def test_the_keywords_are_the_options():
+    assert set(EstimateOptions.__annotations__) == {field.name for field in dataclasses.fields(SumOptions)}
+    with pytest.raises(TypeError, match="estimate.. got an unexpected keyword argument `chunks`"):
+        tinyjax.estimate(lambda p, b: 0.0, {}, {}, (), chunks=4)
 
 
 def test_refused_site_says_why():

@@ -104,6 +104,9 @@ def estimate(
     """
     batches = batch if isinstance(batch, Iterator) else iter((batch,))
     total: dict[str, Statistics] = {}
+    unknown = sorted(set(options) - set(EstimateOptions.__annotations__))
+    if unknown:
+        raise TypeError(f"estimate() got an unexpected keyword argument `{unknown[0]}`")
     chosen = SumOptions(**options)
     loss, first = TracedLoss(loss_fn, has_aux), 0
     for one in batches:

@@ -12,7 +12,7 @@ from tinyjax.core.batch import batch_size, has_samples, take_samples
 _END = object()
 
 
-class _BatchQueue:
+class BatchQueue:
     """Batches that can be looked at before they are taken."""
 
     def __init__(self, batches: Iterable[Any]):
@@ -20,6 +20,7 @@ class _BatchQueue:
         self._ahead: list[Any] = []
 
     def has_next(self) -> bool:
+        """Whether there is another batch; reads it if need be."""
         return bool(self._ahead) or self._read()
 
     def holds(self, num_samples: int) -> bool:
@@ -30,6 +31,7 @@ class _BatchQueue:
         return True
 
     def take(self) -> Any:
+        """The next batch."""
         return self._ahead.pop(0)
 
     def peek(self, num_samples: int | None = None) -> Any:

@@ -33,8 +33,8 @@ from tinyjax.growth.optimizer.reset import require_state
 from tinyjax.surgery import Trainable, all_params, frozen_leaves, multiple_of, resize
 from tinyjax.surgery.capacity_policies import Policy
 from tinyjax.surgery.frozen import mark_frozen, require_unfrozen
-from tinyjax.training.batch_queue import _BatchQueue
-from tinyjax.training.programs import _Compiled
+from tinyjax.training.batch_queue import BatchQueue
+from tinyjax.training.programs import CompiledPrograms
 from tinyjax.training.schedules.basic import Schedule
 from tinyjax.training.steps import LossFn, WithAux
 
@@ -151,7 +151,7 @@ def fit(
         4 {'hidden_1': 12}
     """
     _check_arguments(batches, optimizer, schedule, key)
-    stream = _BatchQueue(batches)
+    stream = BatchQueue(batches)
     if step and not stream.has_next():  # a run that was stopped at its end
         return
     first = stream.peek()
@@ -176,7 +176,7 @@ def fit(
         loss = TracedLoss(loss_fn, has_aux)
         require_mean_in_parts(partial(loss.trace, params), take_samples(first, 0, micro_batch))
     options = dict(optimizer=optimizer, trainable=trainable, has_aux=has_aux) | growth
-    compiled = _Compiled(loss_fn, found, most, options, with_aux, programs, history)
+    compiled = CompiledPrograms(loss_fn, found, most, options, with_aux, programs, history)
     if opt_state is None:
         opt_state = optimizer.init(trainable(params))
     require_state(optimizer, opt_state, trainable(params))
@@ -213,7 +213,7 @@ def fit(
                     check=(loss_fn, some, _always(new_loss)),
                 )
                 loss_fn = new_loss
-                compiled = _Compiled(loss_fn, found, most, options, with_aux, programs)
+                compiled = CompiledPrograms(loss_fn, found, most, options, with_aux, programs)
             fits = {name: min(k, found[name].capacity - widths[name]) for name, k in wanted.items()}
             fits = {name: k for name, k in fits.items() if k}
             _tell_full([found[name] for name in wanted if name not in fits and name not in told])

@@ -43,7 +43,7 @@ def _training_programs(loss_fn: LossFn, options: Mapping[str, Any]) -> _Training
 _Programs = tuple[_TrainingPrograms, dict[frozenset[str], Callable[..., Any]]]
 
 
-class _Compiled:
+class CompiledPrograms:
     """The programs of a capacity: one for training, one for each set of sites that grow together."""
 
     def __init__(
@@ -69,6 +69,7 @@ class _Compiled:
         self._known: list[frozenset[str]] = list(dict.fromkeys(present))
 
     def grow(self, params: Params, opt_state: Any, batch: Any, key: Array, neurons: Mapping[str, int]) -> Any:
+        """One growth of the sites that `neurons` names, by a program that knows them."""
         names = frozenset(neurons)
         if names not in self._known:
             # A schedule whose sites fill up one by one asks for fewer and fewer of them: no new program for that.
@@ -84,6 +85,7 @@ class _Compiled:
         return make_grow_step(self._loss_fn, sites, num_neurons=counts, **self._options)
 
     def train(self, params: Params, opt_state: Any, batch: Any, micro_batch: int | None) -> tuple[Params, Any, Array]:
+        """One step of training, in parts of `micro_batch` samples if given."""
         if micro_batch is None:
             params, opt_state, loss, aux = self._training.step(params, opt_state, batch)
             return self._after(params, aux), opt_state, loss

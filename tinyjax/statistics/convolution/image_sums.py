@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from tinyjax.core.linalg import matmul, some_solution
 from tinyjax.core.windows import Window, convolve, num_offsets, patches
-from tinyjax.statistics.convolution.linear_map import _require_shapes
+from tinyjax.statistics.convolution.linear_map import require_shapes
 from tinyjax.statistics.convolution.strategies import ConvPair, Sizes, Way, by_patches, choose, producer_image
 from tinyjax.statistics.sums import USUAL, Extras, Null, Sums
 
@@ -103,7 +103,7 @@ def conv_sums(
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"`chunk` must be at least one sample, got {chunk}")
-    _require_shapes(x, h, v, producer, between, consumer)
+    require_shapes(x, h, v, producer, between, consumer)
     dtype = jnp.result_type(jnp.float32, x.dtype, h.dtype, v.dtype)
     x, h, v = (a.astype(dtype) for a in (x, h, v))
     offsets = num_offsets(consumer)

@@ -39,9 +39,8 @@ def linear_move(
     return convolve(channels, fan_out.reshape(offsets * len(omega), -1), consumer)
 
 
-def _require_shapes(
-    x: Array, h: Array, v: Array, producer: Window, between: Sequence[Window], consumer: Window
-) -> None:
+def require_shapes(x: Array, h: Array, v: Array, producer: Window, between: Sequence[Window], consumer: Window) -> None:
+    """Raises a ValueError unless images, windows and V_goal are of sizes that fit each other."""
     space = out_shape(x.shape[1:-1], producer)
     for window in between:
         space = out_shape(space, window)
