@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from tinyjax.core.kernels import require_growable
+from tinyjax.core.kinds import ATTENTION_HEADS
 from tinyjax.core.params import Params
 from tinyjax.core.shared_programs import shared
 from tinyjax.core.site import Site, Sites, as_sites
@@ -147,7 +148,9 @@ def diagnose(
         return Diagnosis({}, refused, float(TracedLoss(loss_fn, has_aux)(params, batch)))
 
     # New heads are searched for in the slots of the old ones.
-    counts = {site.name: min(num_neurons, site.capacity) if site.pattern else num_neurons for site in growable}
+    counts = {
+        site.name: min(num_neurons, site.capacity) if site.kind == ATTENTION_HEADS else num_neurons for site in growable
+    }
 
     measure = shared(
         ("diagnosis", loss_fn, growable, counts, has_aux),

@@ -125,6 +125,11 @@ def require_growable(site: Site) -> None:
             raise ValueError(f"site `{site.name}` cannot grow: {why}")
 
 
+def is_normed(site: Site) -> bool:
+    """Whether a norm sees what a new neuron writes: of residual streams alone."""
+    return site.stream is not None and site.stream.normed
+
+
 def gating_kernels(site: Site) -> tuple[Kernel, ...]:
     """The kernels that decide when a neuron acts, and that no amplitude scales: of the gate, of queries and keys."""
     return site.pattern if site.gate is None else (site.gate, *site.pattern)

@@ -3,14 +3,14 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinyjax.core.kernels import cols, have_bias, readers, rows
+from tinyjax.core.kernels import cols, have_bias, is_normed, readers, rows
 from tinyjax.core.layout import Layout
 from tinyjax.core.site import Kernel, Site
 
 
 def shares(site: Site, amplitude: Array) -> tuple[Array, Array]:
     """What fan-in and fan-out are multiplied by."""
-    if site.stream is not None and site.stream.normed:
+    if is_normed(site):
         return amplitude, (amplitude > 0).astype(amplitude.dtype)
     root = jnp.sqrt(amplitude)
     return root, root

@@ -21,6 +21,7 @@ from tinyjax.core.kernels import (
     rows,
     site_leaves,
 )
+from tinyjax.core.kinds import RESIDUAL_STREAM
 from tinyjax.core.layout import Layout
 from tinyjax.core.params import Params, replace_leaves
 from tinyjax.core.site import Site
@@ -66,7 +67,7 @@ def prune(
         (3, 1)
     """
     require_growable(site)
-    if site.stream is not None:
+    if site.kind == RESIDUAL_STREAM:
         raise ValueError(f"site `{site.name}` is a residual stream, which `prune` does not refit; `thin` empties slots")
     num_neurons = whole_number(num_neurons, "`num_neurons`")
     if not 0 <= num_neurons <= site.capacity:
