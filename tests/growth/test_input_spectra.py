@@ -67,3 +67,19 @@ def test_inputs_of_another_batch_are_refused():
     inputs = tinyjax.growth.decompose_inputs(loss_fn, other, wide, tinyjax.find_sites(loss_fn, other, wide))
     with pytest.raises(ValueError, match="site `0` has S of shape"):
         tinyjax.make_grow_step(loss_fn, sites, num_neurons=2)(params, batch, inputs=inputs)
+
+
+def test_tangents_along_parameters_are_no_data():
+    """What values do depends on the weights of attention, although they are made from the data itself."""
+    rng = np.random.default_rng(5)
+    shapes = {"q": (3, 2), "k": (3, 2), "v": (3, 4), "o": (4, 2)}
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(8, 5, 3)))
+
+    def loss_fn(p, x):
+        weights = jax.nn.softmax(x @ p["q"] @ jnp.swapaxes(x @ p["k"], 1, 2), axis=-1)
+        return jnp.mean((weights @ (x @ p["v"]) @ p["o"]) ** 2)
+
+    site = tinyjax.find_sites(loss_fn, params, x)["v"]
+    assert site.growable and site.kind == "attention values"
+    assert not tinyjax.growth.decompose_inputs(loss_fn, params, x, site)
