@@ -56,11 +56,11 @@ def followed(name):
 
     traced = trace(loss, PARAMS, BATCH)
     graph = flatten(traced)
-    axes, wiring = Axes(graph, traced.batched, traced.num_samples), DefUse(graph)
-    products, _ = find_products(graph, axes, wiring, traced.leaf_names)
+    axes, def_use = Axes(graph, traced.batched, traced.num_samples), DefUse(graph)
+    products, _ = find_products(graph, axes, def_use, traced.leaf_names)
     producer, consumer = (next(p for p in products if p.leaf == leaf) for leaf in "wu")
     (slots,) = {root(a) for f, a in enumerate(producer.output_atoms) if f in producer.outputs.cols and a is not None}
-    return follow_product(axes, wiring, producer, slots), consumer.input_value
+    return follow_product(axes, def_use, producer, slots), consumer.input_value
 
 
 def computed(name, h):

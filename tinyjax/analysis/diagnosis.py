@@ -16,6 +16,7 @@ from tinyjax.core.kinds import ATTENTION_HEADS
 from tinyjax.core.params import Params
 from tinyjax.core.shared_programs import shared
 from tinyjax.core.site import Site, Sites, as_sites
+from tinyjax.core.stacks import map_layers
 from tinyjax.discovery.dimensions.loss_form import require_mean_in_parts
 from tinyjax.discovery.sites import find_sites
 from tinyjax.discovery.traced_loss import TracedLoss
@@ -177,9 +178,7 @@ def _measure(
     squares = bounded_squares(loss, params, batch, sites)
     summaries = {}
     for site in sites:
-        summary = partial(_summary, counts[site.name], squares.get(site.name))
-        for _ in site.stack:
-            summary = jax.vmap(summary)
+        summary = map_layers(site, partial(_summary, counts[site.name], squares.get(site.name)))
         summaries[site.name] = summary(found.statistics[site.name])
     return found.loss, summaries
 

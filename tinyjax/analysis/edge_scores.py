@@ -107,9 +107,9 @@ def score_edges(
 
     traced = trace(loss_fn, params, fitting, has_aux=True)
     graph = flatten(traced)
-    axes, wiring = Axes(graph, traced.batched, traced.num_samples), DefUse(graph)
-    uses, _ = find_products(graph, axes, wiring, traced.leaf_names)
-    pairs = _pairs(graph, wiring, uses, axes.samples)
+    axes, def_use = Axes(graph, traced.batched, traced.num_samples), DefUse(graph)
+    uses, _ = find_products(graph, axes, def_use, traced.leaf_names)
+    pairs = _pairs(graph, def_use, uses, axes.samples)
     targets = list({pair.target.op.path: pair.target for pair in pairs}.values())
     both = [*targets, *(pair.source for pair in pairs)]
     captured = capture(traced, jax.tree.leaves((params, fitting)), both, targets)
@@ -146,7 +146,7 @@ def score_edges(
     return edges
 
 
-def _pairs(graph: Graph, wiring: DefUse, uses: Sequence[Product], samples: Atom) -> list[_Connection]:
+def _pairs(graph: Graph, def_use: DefUse, uses: Sequence[Product], samples: Atom) -> list[_Connection]:
     """Sources with the targets that come after them; every tensor is a source once, under the first kernel's name."""
     plain = [
         use
@@ -156,13 +156,13 @@ def _pairs(graph: Graph, wiring: DefUse, uses: Sequence[Product], samples: Atom)
     plain = [use for use in plain if root(samples) in (rows := _row_atoms(use)) and len(set(rows)) == len(rows)]
     sources: dict[Value, Product] = {}
     for use in plain:
-        sources.setdefault(_tensor(wiring, use), use)
+        sources.setdefault(_tensor(def_use, use), use)
     pairs = []
     for target in plain:
         behind = _reached(graph, target)
         order = [samples, *(a for a in target.rows if a is not None)]
         for tensor, source in sources.items():
-            own = tensor is _tensor(wiring, target)
+            own = tensor is _tensor(def_use, target)
             if not own and source.input_value not in behind and set(_row_atoms(source)) == set(_row_atoms(target)):
                 pairs.append(_Connection(aligned(source, order), aligned(target, order)))
     return pairs
@@ -172,10 +172,10 @@ def _row_atoms(use: Product) -> list[Atom]:
     return [root(atom) for atom in use.rows if atom is not None]
 
 
-def _tensor(wiring: DefUse, use: Product) -> Value:
+def _tensor(def_use: DefUse, use: Product) -> Value:
     """What a product reads, layout aside."""
     value = use.input_value
-    while (op := wiring.made_by.get(value)) is not None and is_view(op):
+    while (op := def_use.made_by.get(value)) is not None and is_view(op):
         value = op.ins[0]
     return value
 

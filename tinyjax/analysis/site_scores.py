@@ -20,6 +20,7 @@ from tinyjax.core.kernels import require_growable
 from tinyjax.core.linalg import matmul
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, as_sites
+from tinyjax.core.stacks import map_layers
 from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.estimator import estimate_batch
 from tinyjax.estimation.options import SumOptions
@@ -181,9 +182,7 @@ def score_sites(
         keys = None if key is None else jax.random.fold_in(key, index)
         if site.stack and keys is not None:
             keys = jax.random.split(keys, site.stack)
-        for _ in site.stack:
-            fit = jax.vmap(fit)
-        born, neurons, delta = fit(found[site.name], keys)
+        born, neurons, delta = map_layers(site, fit)(found[site.name], keys)
         move_along = partial(gauss_newton, model, objective)
         scores[site.name] = _score(move_along, params, site, born, neurons, delta, scoring)
     return scores

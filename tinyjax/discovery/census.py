@@ -59,7 +59,7 @@ class Census:
     """
 
     def __init__(self, model: Dimensions, listed: Iterable[Atom]):
-        self._model, self._axes, self._origin = model, model.axes, model.wiring.origin
+        self._model, self._axes, self._origin = model, model.axes, model.def_use.origin
         self._observed = Observed(model.graph, model.axes)
         needed = behind_loss(model.graph)
         self._ops = [op for op in model.graph.ops if any(v in needed for v in op.outs)]
@@ -134,7 +134,7 @@ class Census:
     def _multiplies(self, op: Op) -> bool:
         """Whether an operation multiplies two tensors and sums along what they share."""
         if op.name == "reduce_sum":
-            maker = self._model.wiring.made_by.get(self._origin(op.ins[0]))
+            maker = self._model.def_use.made_by.get(self._origin(op.ins[0]))
             return maker is not None and maker.name == "mul" and self._are_two(maker)
         return op.name in MATMULS and self._are_two(op)
 

@@ -115,11 +115,11 @@ def discover(traced: Trace) -> Discovery:
         raise ValueError("`batch` has a single sample; trace with at least two, an axis of length one has no identity")
     graph = flatten(traced)
     axes = Axes(graph, traced.batched, traced.num_samples)
-    wiring = DefUse(graph)
+    def_use = DefUse(graph)
     names = traced.leaf_names
-    uses, obstructed = find_products(graph, axes, wiring, names)
+    uses, obstructed = find_products(graph, axes, def_use, names)
     _refuse_integer_kernels(graph, uses, names)
-    model = Dimensions(graph, axes, wiring, names, uses, obstructed)
+    model = Dimensions(graph, axes, def_use, names, uses, obstructed)
     hidden = [dimension for dimension in model.leaves if model.is_hidden(dimension)]
     census = Census(model, hidden)
     classified = [(model.first_op(dimension), dimension, classify(model, dimension)) for dimension in hidden]

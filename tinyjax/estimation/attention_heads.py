@@ -15,6 +15,7 @@ from tinyjax.core.neurons import Pattern
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites
 from tinyjax.core.slots import used_dimensions
+from tinyjax.core.stacks import map_layers
 from tinyjax.discovery.kinds.attention_heads import HeadsPath
 from tinyjax.discovery.sites import Discovery, paths_of
 from tinyjax.discovery.traced_loss import TracedLoss
@@ -133,8 +134,7 @@ def _search_site(at: SitePass, path: HeadsPath, num_heads: int) -> Pattern:
             used_values=jnp.sum(values),
         )
 
-    for _ in site.stack:
-        update, search = jax.vmap(update), jax.vmap(search)
+    update, search = map_layers(site, update), map_layers(site, search)
     tokens = _tokens(at, path, update(summed(SUMMATION, at)))
     query, key = search(tokens, {address: at.captured.inputs[address] for address in path.replay.taps})
     query, key = (jnp.moveaxis(x, -3, -1).swapaxes(-3, -2) for x in (query, key))  # (heads, D, k) -> (k, D, heads)

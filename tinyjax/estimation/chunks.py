@@ -19,6 +19,7 @@ from tinyjax.core.kernels import matrices
 from tinyjax.core.neurons import Pattern
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites
+from tinyjax.core.stacks import map_layers
 from tinyjax.discovery.graph.tracing import Trace
 from tinyjax.discovery.sites import Discovery, paths_of
 from tinyjax.discovery.traced_loss import TracedLoss
@@ -97,9 +98,7 @@ def with_thirds(step: Step, sums: Callable[[Step], Estimate], discovery: Discove
     found = sums(step)
     residuals = {}
     for site in step.sites:
-        find = partial(find_residual, num_outputs=step.options.third_moments)
-        for _ in site.stack:
-            find = jax.vmap(find)
+        find = map_layers(site, partial(find_residual, num_outputs=step.options.third_moments))
         residuals[site.name] = find(found.statistics[site.name])
     second = sums(step._replace(residuals=residuals)).statistics  # only the third moments of it are used
 

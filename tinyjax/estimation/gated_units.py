@@ -12,6 +12,7 @@ from tinyjax.core.linalg import matmul
 from tinyjax.core.neurons import Pattern
 from tinyjax.core.params import Params
 from tinyjax.core.site import Site, Sites
+from tinyjax.core.stacks import map_layers
 from tinyjax.discovery.kinds.gated_units import GatedPath
 from tinyjax.discovery.sites import paths_of
 from tinyjax.discovery.traced_loss import TracedLoss
@@ -74,8 +75,7 @@ def _search(
         statistics = summed(SUMMATION, at)
         update = functools.partial(best_update, ridge=held_out_update)
         search = functools.partial(find_gates, mine[0].activation, num_gates=num_gates[site.name])
-        for _ in site.stack:
-            update, search = jax.vmap(update), jax.vmap(search)
+        update, search = map_layers(site, update), map_layers(site, search)
         delta = update(statistics)
         rows = (jnp.concatenate(part, axis=-2) for part in zip(*(_searched(at, path, delta) for path in mine)))
         found[site.name] = search(*rows, key=_keys(site, statistics.width))

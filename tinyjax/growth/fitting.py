@@ -1,14 +1,13 @@
 """The neurons and the update of one layer in the linear model: fitted, scored on the other half, and their slopes."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.core.linalg import inner, matmul
-from tinyjax.core.site import Site
 from tinyjax.methods import (
     Effect,
     Method,
@@ -122,17 +121,6 @@ def _linear(neurons: Neurons) -> Neurons:
 def call(method: Method, num_neurons: int, statistics: Statistics, key: Array | None) -> Neurons:
     """A method of arguments by position, as mapping over layers wants them."""
     return method(statistics, num_neurons=num_neurons, key=key)
-
-
-def map_layers(site: Site) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Maps a function of one layer over the layers of a stack."""
-
-    def lift(function: Callable[..., Any]) -> Callable[..., Any]:
-        for _ in site.stack:
-            function = jax.vmap(function)
-        return function
-
-    return lift
 
 
 def polyak(loss: Array, slope: Array) -> Array:

@@ -19,6 +19,7 @@ from tinyjax.core.batch import batch_size
 from tinyjax.core.params import Params
 from tinyjax.core.shared_programs import shared
 from tinyjax.core.site import Site, Sites, as_sites
+from tinyjax.core.stacks import map_layers
 from tinyjax.discovery.dimensions.loss_form import require_mean
 from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.estimation.conv_squares import bounded_squares
@@ -26,7 +27,7 @@ from tinyjax.estimation.estimator import estimate_batch
 from tinyjax.estimation.options import SumOptions
 from tinyjax.growth.batch_split import BatchParts, split_batch
 from tinyjax.growth.checks import by_name, check_static, check_wanted
-from tinyjax.growth.fitting import Update, map_layers
+from tinyjax.growth.fitting import Update
 from tinyjax.growth.info import GrowthInfo, check
 from tinyjax.growth.input_spectra import Inputs
 from tinyjax.growth.line_searches import fixed, line_search, trusted_search
@@ -155,7 +156,7 @@ def make_grow_step(
     def limited(site: Site, statistics: Statistics, wanted: Array) -> Array:
         if how_many is None:
             return wanted
-        rule = map_layers(site)(how_many)
+        rule = map_layers(site, how_many)
         most = jax.lax.cond(
             wanted > 0, lambda s: jnp.max(rule(s)).astype(jnp.int32), lambda s: jnp.zeros((), jnp.int32), statistics
         )

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tinyjax.core.kernels import is_normed
 from tinyjax.core.params import Params, named_leaves
 from tinyjax.core.site import Kernel, Site
 from tinyjax.core.slots import free_slots, width
+from tinyjax.core.stacks import map_layers
 from tinyjax.discovery.traced_loss import TracedLoss
 from tinyjax.growth.batch_norm_birth import identity_at_birth, response_moments
 from tinyjax.growth.batch_split import BatchParts
-from tinyjax.growth.fitting import Update, call, fit_neurons, map_layers, polyak, unit_of
+from tinyjax.growth.fitting import Update, call, fit_neurons, polyak, unit_of
 from tinyjax.growth.info import Status
 from tinyjax.growth.line_loss import loss_along
 from tinyjax.growth.line_searches import LineSearch, searches
@@ -58,14 +60,14 @@ def grow_site(
 ) -> tuple[Params, dict[str, Array]]:
     """Update, neurons and filler at one site; `squares` where S is only a bound of them, see `conv_squares`."""
     start, free = params, jnp.sum(free_slots(params, site), dtype=jnp.int32)
-    over_layers = map_layers(site)
+    over_layers = partial(map_layers, site)
     layer_keys = None if key is None else _split_over(site, jax.random.fold_in(key, 0))
 
     neurons, delta, report, slopes = over_layers(
         partial(fit_neurons, recipe.method, recipe.update, num_neurons, squares)
     )(statistics, layer_keys)
     if all(kernel.leaf in recipe.frozen for kernel in site.producers):
-        neurons = _heard(neurons)
+        neurons = _reading(neurons)
     unit = polyak(loss_before, slopes.update)
     params, gamma_update, loss_updated = _updated(recipe, site, parts, params, delta, loss_before, unit)
 
@@ -79,7 +81,7 @@ def grow_site(
         return write(params, site, signed, amplitude=jnp.abs(gamma), limit=wanted, birth=norm_at(gamma))
 
     straight = _leaves((*site.producers, *site.consumers))
-    if neurons.delta is not None or (site.stream is not None and site.stream.normed):
+    if neurons.delta is not None or is_normed(site):
         straight -= _leaves(site.consumers)
 
     def search(sign: Array | float) -> LineSearch:
@@ -140,7 +142,7 @@ def grow_site(
     return params, row
 
 
-def _heard(neurons: Neurons) -> Neurons:
+def _reading(neurons: Neurons) -> Neurons:
     """The neurons without those that read nothing: in a frozen fan-in they never would."""
     reads = jnp.any(neurons.alpha.reshape(-1, neurons.alpha.shape[-1]) != 0, axis=0)
     return neurons._replace(omega=jnp.where(reads[:, None], neurons.omega, 0))
@@ -162,7 +164,7 @@ def _along(
     Fan-in and fan-out grow with the signed root of the amplitude, a delta and a normalisation do not; under a norm on a
     residual stream the fan-in grows with the amplitude, and the fan-out is there at once.
     """
-    if site.stream is not None and site.stream.normed:
+    if is_normed(site):
         return lambda gamma: grown(gamma)[0], lambda gamma: gamma
     return lambda root: grown(jnp.sign(root) * root**2)[0], lambda gamma: jnp.sign(gamma) * jnp.sqrt(jnp.abs(gamma))
 
@@ -225,7 +227,7 @@ def skip_site(
     site: Site, params: Params, statistics: Statistics, loss_before: Array, wanted: Array
 ) -> tuple[Params, dict[str, Array]]:
     """What a site reports that was not asked to grow."""
-    energy = map_layers(site)(lambda s: moments(s).energy)(statistics)
+    energy = map_layers(site, lambda s: moments(s).energy)(statistics)
     zero = jnp.zeros((), statistics.energy.dtype)
     none = jnp.zeros((), jnp.int32)
     row = dict(

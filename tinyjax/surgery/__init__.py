@@ -18,6 +18,5 @@ from tinyjax.surgery.resizing import resize as resize
 from tinyjax.surgery.thinning import thin as thin
 from tinyjax.surgery.trainable import Trainable as Trainable
 from tinyjax.surgery.trainable import all_params as all_params
-from tinyjax.surgery.writing import NewNeurons as NewNeurons
 from tinyjax.surgery.writing import add_update as add_update
 from tinyjax.surgery.writing import write as write

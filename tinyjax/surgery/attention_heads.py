@@ -1,28 +1,22 @@
 """Whole attention heads on their way into slots: value dimensions side by side become the columns of a head."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from tinyjax.core.kernels import rows
-from tinyjax.core.neurons import Pattern
+from tinyjax.core.neurons import Neurons, Pattern
 from tinyjax.core.site import Site
 from tinyjax.core.slots import used_dimensions
 
 
-class Heads(NamedTuple):
-    """Whole heads as neurons of the site: a fan-in `(*stack, U, D, k)`, its layers being value dimensions."""
+def whole_heads(site: Site, leaves: Mapping[str, Array], neurons: Neurons) -> Neurons:
+    """From value dimensions, head after head, to heads, whose dimensions are those that the other heads use.
 
-    alpha: Array
-    omega: Array
-    delta: Array | None
-    gate: Any
-
-
-def whole_heads(site: Site, leaves: Mapping[str, Array], neurons: Any) -> Heads:
-    """From value dimensions, head after head, to heads; their dimensions are those that the other heads use."""
+    Returns:
+        A fan-in `(*stack, U, D, k)`, its layers being value dimensions, and as `gate` that of queries and that of keys.
+    """
     pattern = neurons.gate
     (producer,) = site.producers
     size, inputs = producer.layout.factors[producer.layout.stack[-1]], rows(producer) + (producer.bias is not None)
@@ -41,7 +35,7 @@ def whole_heads(site: Site, leaves: Mapping[str, Array], neurons: Any) -> Heads:
     stack = len(site.stack)
     alpha, omega = _placed(alpha, values, stack), _placed(omega, values, stack + 2)
     gate = tuple(_placed(part[..., :heads], scores, stack) for part in (pattern.query, pattern.key))
-    return Heads(alpha, omega.reshape(*omega.shape[:-2], -1), neurons.delta, (gate[0], gate[1]))
+    return neurons._replace(alpha=alpha, omega=omega.reshape(*omega.shape[:-2], -1), gate=gate)
 
 
 def _placed(x: Array, used: Array, axis: int) -> Array:

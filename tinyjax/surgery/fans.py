@@ -16,25 +16,25 @@ def shares(site: Site, amplitude: Array) -> tuple[Array, Array]:
     return root, root
 
 
-def _nonzero(x: Array, slot_axis: int) -> Array:
+def nonzero_slots(x: Array, slot_axis: int) -> Array:
     """Which slots hold anything but zeros: any over all axes but one."""
     x = jnp.moveaxis(x, slot_axis, 0)
     return jnp.any(x.reshape(x.shape[0], -1) != 0, axis=1)
 
 
-def _paste(layout: Layout, leaf: Array, matrix: Array, mask: Array) -> Array:
+def paste(layout: Layout, leaf: Array, matrix: Array, mask: Array) -> Array:
     """The leaf with the entries of `matrix` where `mask` (broadcast against the matrix) holds."""
     return layout.from_matrix(jnp.where(mask, matrix.astype(leaf.dtype), layout.to_matrix(leaf)))
 
 
-def _fan_out_size(kernel: Kernel) -> int:
+def fan_out_size(kernel: Kernel) -> int:
     """Columns of omega that belong to a consumer: outputs times kernel offsets."""
     slot = kernel.layout.slot
     assert slot is not None
     return rows(kernel) // kernel.layout.factors[slot] * cols(kernel)
 
 
-def _fan_out_matrix(layout: Layout, omega: Array) -> Array:
+def fan_out_matrix(layout: Layout, omega: Array) -> Array:
     """Fan-out `(*stack, C, M * offsets)`, columns (output, offset), as the consumer's matrix `(*stack, H, M)`."""
     stack = len(layout.stack)
     offsets = [f for f in layout.rows if f != layout.slot]
@@ -48,14 +48,15 @@ def _fan_out_matrix(layout: Layout, omega: Array) -> Array:
     return x.reshape(*omega.shape[:stack], -1, num_outputs)
 
 
-def _slot_rows(layout: Layout, mask: Array) -> Array:
+def slot_rows(layout: Layout, mask: Array) -> Array:
     """A mask over slots as a mask over the rows of the consumer's matrix, `(H, 1)`."""
     sizes = [layout.factors[f] for f in layout.rows]
     along = [-1 if f == layout.slot else 1 for f in layout.rows]
     return jnp.broadcast_to(mask.reshape(along), sizes).reshape(-1, 1)
 
 
-def _update_shape(site: Site) -> tuple[int, ...]:
+def update_shape(site: Site) -> tuple[int, ...]:
+    """Shape of an update of the consumers, `(*stack, H, M)`."""
     hidden = sum(rows(group[0]) + have_bias(group) for group in readers(site))
     return (*site.stack, hidden, sum(cols(kernel) for kernel in site.consumers))
 

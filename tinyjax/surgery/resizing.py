@@ -4,8 +4,8 @@ A leaf is changed by indexing its axes: each new slot names the old slot it cont
 other trees shaped like the parameters follow by the same indices, so nothing is forgotten at a growth.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,7 @@ from tinyjax.core.whole_numbers import whole_number
 from tinyjax.surgery.capacity_policies import Policy
 from tinyjax.surgery.frozen import frozen_leaves, require_scalable
 from tinyjax.surgery.keeping import Check, require_free_capacity, require_same_loss
-from tinyjax.surgery.trainable import Trainable, all_params, owner, trained_names
-
-
-@runtime_checkable
-class Initialiser(Protocol):
-    """What `resize` needs of an optimizer: an Optax `GradientTransformation` has it."""
-
-    @property
-    def init(self) -> Callable[[Any], Any]: ...  # noqa: D102
+from tinyjax.surgery.trainable import Initialiser, Trainable, all_params, owner, trained_names
 
 
 class _Change(NamedTuple):
@@ -109,7 +101,7 @@ def resize(
     result = [new]
     trained = trained_names(trainable, params)
     if optimizer is not None:
-        result.append(_paste(opt_state, optimizer.init(trainable(new)), changes, trained))
+        result.append(paste(opt_state, optimizer.init(trainable(new)), changes, trained))
     if like:
         result.append(
             tuple(
@@ -245,7 +237,7 @@ def _resize_like(tree: Any, changes: Mapping[str, _Change], names: Mapping[str, 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def _paste(old: Any, new: Any, changes: Mapping[str, _Change], trained: Mapping[str, str]) -> Any:
+def paste(old: Any, new: Any, changes: Mapping[str, _Change], trained: Mapping[str, str]) -> Any:
     """The old optimizer state in the shapes of the new one, whose values fill what is new."""
     if jax.tree.structure(old) != jax.tree.structure(new):
         raise ValueError(

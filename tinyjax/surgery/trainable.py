@@ -5,12 +5,21 @@ that part. So a state leaf belongs to the trained leaf whose path its own path e
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from tinyjax.core.params import Params, named_leaves
 
 Trainable = Callable[[Params], Params]
+
+
+@runtime_checkable
+class Initialiser(Protocol):
+    """What `resize` and `restore` need of an optimizer: an Optax `GradientTransformation` has it."""
+
+    @property
+    def init(self) -> Callable[[Any], Any]: ...  # noqa: D102
 
 
 def all_params(params: Params) -> Params:

@@ -6,7 +6,6 @@ starts narrow. Both touch only the entries of the slots concerned.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -25,49 +24,27 @@ from tinyjax.core.kernels import (
     site_leaves,
     writers,
 )
+from tinyjax.core.neurons import Neurons
 from tinyjax.core.params import Params, replace_leaves
 from tinyjax.core.site import Kernel, Site
 from tinyjax.core.slots import NEUTRAL, free_slots
 from tinyjax.surgery.attention_heads import whole_heads
 from tinyjax.surgery.fans import (
-    _fan_out_matrix,
-    _fan_out_size,
-    _nonzero,
-    _paste,
-    _slot_rows,
-    _update_shape,
+    fan_out_matrix,
+    fan_out_size,
     lead,
+    nonzero_slots,
+    paste,
     shares,
+    slot_rows,
+    update_shape,
 )
-
-
-@runtime_checkable
-class NewNeurons(Protocol):
-    """What `write` reads of the neurons a method returns.
-
-    Attributes:
-        alpha: `(*stack, D, k)` fan-in, bias row last iff the producer has a bias; `(*stack, heads, D, k)` with heads.
-        omega: `(*stack, k, Q)` fan-out, columns of the consumers side by side, each ordered (output, kernel offset).
-        delta: `(*stack, H, M)` update of the consumers that belongs to these neurons, or None.
-        gate: `(*stack, B, k)` fan-in of their gates at a site of gated units, whose `alpha` may have several blocks of
-            D rows, of which each neuron uses one; the `Pattern` of whole heads, whose `alpha` and `omega` then hold the
-            value dimensions of one head after the other; else None.
-    """
-
-    @property
-    def alpha(self) -> Array: ...  # noqa: D102
-    @property
-    def omega(self) -> Array: ...  # noqa: D102
-    @property
-    def delta(self) -> Array | None: ...  # noqa: D102
-    @property
-    def gate(self) -> Any: ...  # noqa: D102
 
 
 def write(
     params: Params,
     site: Site,
-    neurons: NewNeurons,
+    neurons: Neurons,
     *,
     amplitude: ArrayLike,
     delta: Array | None = None,
@@ -126,7 +103,7 @@ def write(
     fan_in, fan_out = _in_slots(site, neurons, index, jnp.asarray(amplitude, neurons.alpha.dtype))
     fan_in = _among_used(site, fan_in, ~free, site.producers, -2).astype(leaves[site.producers[0].leaf].dtype)
     fan_out = _among_used(site, fan_out, ~free, site.consumers, -1).astype(leaves[site.consumers[0].leaf].dtype)
-    written &= _nonzero(fan_in, -1) | _nonzero(fan_out, -2)
+    written &= nonzero_slots(fan_in, -1) | nonzero_slots(fan_out, -2)
 
     first = 0
     for group in writers(site):
@@ -138,9 +115,9 @@ def write(
         leaves |= _fanned_in(leaves, [kernel], mine, written)
     first = 0
     for kernel in site.consumers:
-        matrix = _fan_out_matrix(kernel.layout, fan_out[..., first : first + _fan_out_size(kernel)])
-        leaves[kernel.leaf] = _paste(kernel.layout, leaves[kernel.leaf], matrix, _slot_rows(kernel.layout, written))
-        first += _fan_out_size(kernel)
+        matrix = fan_out_matrix(kernel.layout, fan_out[..., first : first + fan_out_size(kernel)])
+        leaves[kernel.leaf] = paste(kernel.layout, leaves[kernel.leaf], matrix, slot_rows(kernel.layout, written))
+        first += fan_out_size(kernel)
     if delta is not None:
         leaves |= _updated(site, leaves, delta, amplitude, ~free)
     return replace_leaves(params, leaves | _birth_values(site, leaves, written, index, birth or {})), written
@@ -165,7 +142,7 @@ def add_update(params: Params, site: Site, delta: Array, *, amplitude: ArrayLike
         >>> params = tinyjax.surgery.add_update(params, site, tinyjax.methods.best_update(statistics), amplitude=0.1)
     """
     require_growable(site)
-    if delta.shape != (shape := _update_shape(site)):
+    if delta.shape != (shape := update_shape(site)):
         raise ValueError(f"`delta` has shape {delta.shape}; site `{site.name}` needs {shape}")
     leaves = site_leaves(params, site)
     return replace_leaves(params, _updated(site, leaves, delta, amplitude, ~free_slots(params, site)))
@@ -199,12 +176,12 @@ def _fanned_in(
     first = 0
     for kernel in kernels:
         block = fan_in[..., first : first + rows(kernel), :]
-        new[kernel.leaf] = _paste(kernel.layout, leaves[kernel.leaf], block, written)
+        new[kernel.leaf] = paste(kernel.layout, leaves[kernel.leaf], block, written)
         first += rows(kernel)
     bias = fan_in[..., first:, :]
     for kernel in kernels:
         if kernel.bias is not None:
-            new[kernel.bias.leaf] = _paste(kernel.bias, leaves[kernel.bias.leaf], bias, written)
+            new[kernel.bias.leaf] = paste(kernel.bias, leaves[kernel.bias.leaf], bias, written)
             bias = jnp.zeros_like(bias)
     return new
 
@@ -221,7 +198,7 @@ def _among_used(site: Site, fan: Array, used: Array, kernels: Sequence[Kernel], 
     return fan * (mask if axis == -1 else mask[:, None])
 
 
-def _in_slots(site: Site, neurons: NewNeurons, index: Array, amplitude: Array) -> tuple[Array, Array]:
+def _in_slots(site: Site, neurons: Neurons, index: Array, amplitude: Array) -> tuple[Array, Array]:
     """Scaled fan-in `(*stack, D, C)` and fan-out `(*stack, C, Q)` by slot, `index` being the neuron of each slot."""
     into, out_of, alpha = *shares(site, amplitude), neurons.alpha
     if site.gate is not None:  # every neuron reads through its own block alone
@@ -233,7 +210,7 @@ def _in_slots(site: Site, neurons: NewNeurons, index: Array, amplitude: Array) -
 def _add(leaves: Mapping[str, Array], kernel: Kernel, update: Array, used: Array, bias: bool) -> dict[str, Array]:
     """The consumer's leaves with `update` `(*stack, H, M)` added to the rows of used slots and to the bias."""
     old = leaves[kernel.leaf]
-    step = jnp.where(_slot_rows(kernel.layout, used), update[..., : rows(kernel), :], 0)
+    step = jnp.where(slot_rows(kernel.layout, used), update[..., : rows(kernel), :], 0)
     new = {kernel.leaf: old + kernel.layout.from_matrix(step).astype(old.dtype)}
     if bias:
         assert kernel.bias is not None
@@ -265,7 +242,7 @@ def _birth_values(
     return new
 
 
-def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
+def _check_shapes(site: Site, neurons: Neurons, delta: Array | None) -> None:
     num_neurons = neurons.alpha.shape[-1]
     if num_neurons < 1:
         raise ValueError(f"no neurons to write at site `{site.name}`: `alpha` has shape {neurons.alpha.shape}")
@@ -273,7 +250,7 @@ def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
         has = "gated units and needs neurons with a `gate`" if site.gate is not None else "no gate, but the neurons do"
         raise ValueError(f"site `{site.name}` has {has}: take neurons from statistics of this site")
     inputs = num_inputs(site)
-    outputs = sum(_fan_out_size(kernel) for kernel in site.consumers)
+    outputs = sum(fan_out_size(kernel) for kernel in site.consumers)
     expected: dict[str, tuple[int, ...]] = {
         "alpha": (*lead(site.producers[0]), inputs, num_neurons),
         "omega": (*site.stack, num_neurons, outputs),
@@ -285,7 +262,7 @@ def _check_shapes(site: Site, neurons: NewNeurons, delta: Array | None) -> None:
         expected["gate"] = (*site.stack, rows(site.gate) + (site.gate.bias is not None), num_neurons)
         got["gate"] = neurons.gate.shape
     if delta is not None:
-        expected["delta"] = _update_shape(site)
+        expected["delta"] = update_shape(site)
         got["delta"] = delta.shape
     for name, shape in expected.items():
         if got[name] != shape:

@@ -32,25 +32,25 @@ def is_steep(op: Op, known: Sequence[Any], moving: Sequence[bool]) -> bool:
     return not np.isfinite(slope)
 
 
-def number_of(wiring: DefUse, value: Value) -> Any:
+def number_of(def_use: DefUse, value: Value) -> Any:
     """What a value holds throughout, where it is computed from numbers alone (`1 / jnp.sqrt(depth)`)."""
-    known = wiring.numbers
+    known = def_use.numbers
     stack = [] if value in known else [value]
     while stack:
-        operands = _operands(wiring, stack[-1])
+        operands = _operands(def_use, stack[-1])
         unknown = [v for v in operands if v not in known]
         if unknown:
             stack += unknown
             continue
         latest = stack.pop()
         if latest not in known:
-            known[latest] = _from_operands(wiring, latest, [known[v] for v in operands])
+            known[latest] = _from_operands(def_use, latest, [known[v] for v in operands])
     return known[value]
 
 
-def _operands(wiring: DefUse, value: Value) -> tuple[Value, ...]:
+def _operands(def_use: DefUse, value: Value) -> tuple[Value, ...]:
     """The values from whose numbers that of a value follows."""
-    op = wiring.made_by.get(value)
+    op = def_use.made_by.get(value)
     if op is None or op.name == "scan_in":
         return ()
     if is_layout(op):
@@ -58,10 +58,10 @@ def _operands(wiring: DefUse, value: Value) -> tuple[Value, ...]:
     return op.ins if op.eqn is not None and op.name in ELEMENTWISE else ()
 
 
-def _from_operands(wiring: DefUse, value: Value, numbers: Sequence[Any]) -> Any:
+def _from_operands(def_use: DefUse, value: Value, numbers: Sequence[Any]) -> Any:
     if value.const is not None:
         return np.asarray(value.const, value.dtype)
-    op = wiring.made_by.get(value)
+    op = def_use.made_by.get(value)
     if op is None or not numbers or any(x is None for x in numbers):
         return None
     return numbers[0] if is_layout(op) else at_numbers(op, numbers)

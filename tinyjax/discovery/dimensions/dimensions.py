@@ -32,12 +32,12 @@ class Dimensions:
         self,
         graph: Graph,
         axes: Axes,
-        wiring: DefUse,
+        def_use: DefUse,
         names: Sequence[str],
         uses: Sequence[Product],
         obstructed: Mapping[Value, str],
     ):
-        self.graph, self.axes, self.wiring, self.names, self.uses = graph, axes, wiring, names, uses
+        self.graph, self.axes, self.def_use, self.names, self.uses = graph, axes, def_use, names, uses
         self.leaves: dict[Atom, list[tuple[int, int]]] = {}  # dimension -> (leaf, factor)
         self.factors = [leaf_factors(axes, value) for value in graph.params]
         for leaf, (atoms, _, _) in enumerate(self.factors):
@@ -58,9 +58,9 @@ class Dimensions:
                 for atom in parts(axis):
                     self.obstructed.setdefault(root(atom), why)
         self.matrices = {use.leaf for use in uses}
-        self.entries = entries(graph, axes, wiring)
+        self.entries = entries(graph, axes, def_use)
         self.kernels = frozenset(use.op for use in uses)
-        self.order = wiring.order
+        self.order = def_use.order
         self.summed: dict[Atom, list[Op]] = {}
         self.paired: dict[Atom, list[Op]] = {}
         self.tables: dict[Atom, list[Op]] = {}
@@ -72,7 +72,7 @@ class Dimensions:
 
     def _index(self, op: Op) -> None:
         """Notes along which dimensions an operation looks up, or multiplies two activations."""
-        if op.name == "gather" and op.ins[0] in self.wiring.views:
+        if op.name == "gather" and op.ins[0] in self.def_use.views:
             for dimension in dict.fromkeys(a for axis in self.axes.dimensions(op.ins[0]) for a in axis):
                 self.tables.setdefault(dimension, []).append(op)
         if op.name != "dot_general" or any(self.axes.parameter_only(v) for v in op.ins):
@@ -112,13 +112,13 @@ class Dimensions:
 
     def depth(self, leaf: int) -> int:
         """Number of scans that slice a leaf."""
-        return max(self.wiring.views[value].depth for value in self.wiring.views_of[leaf])
+        return max(self.def_use.views[value].depth for value in self.def_use.views_of[leaf])
 
     def first_user(self, leaf: int) -> str:
         """Words for the first operation that is more than a view of a leaf."""
-        for view in self.wiring.views_of[leaf]:
-            for op in self.wiring.used_by.get(view, []):
-                if op.outs[0] not in self.wiring.views:
+        for view in self.def_use.views_of[leaf]:
+            for op in self.def_use.used_by.get(view, []):
+                if op.outs[0] not in self.def_use.views:
                     return f": it goes into `{op.name}`"
         return ""
 

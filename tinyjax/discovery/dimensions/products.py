@@ -61,7 +61,7 @@ class Product:
 
 
 def find_products(
-    graph: Graph, axes: Axes, wiring: DefUse, names: tuple[str, ...]
+    graph: Graph, axes: Axes, def_use: DefUse, names: tuple[str, ...]
 ) -> tuple[list[Product], dict[Value, str]]:
     """All uses in order, and the operands made from parameters in a way no use can describe, with the reason."""
     uses, obstructed = [], {}
@@ -69,12 +69,12 @@ def find_products(
         if op.name not in MATMULS:
             continue
         for k, value in enumerate(op.ins[:2]):
-            other = wiring.views.get(op.ins[1 - k])
-            if value in wiring.views and wiring.views[value] == other:
+            other = def_use.views.get(op.ins[1 - k])
+            if value in def_use.views and def_use.views[value] == other:
                 continue  # a leaf with itself: a penalty (`vdot(w, w)`), no product of the network
-            if value in wiring.views:
-                uses.append(_use(graph, axes, wiring, names, op, k))
-            elif axes.parameter_only(value) and (why := _obstruction(wiring, names, value)):
+            if value in def_use.views:
+                uses.append(_use(graph, axes, def_use, names, op, k))
+            elif axes.parameter_only(value) and (why := _obstruction(def_use, names, value)):
                 obstructed[value] = why
     return uses, obstructed
 
@@ -117,8 +117,8 @@ def aligned(use: Product, order: Sequence[Atom]) -> Product:
     return dataclasses.replace(use, rows=rows, inputs=inputs, outputs=outputs)
 
 
-def _use(graph: Graph, axes: Axes, wiring: DefUse, names: tuple[str, ...], op: Op, k: int) -> Product:
-    leaf, depth = wiring.views[op.ins[k]]
+def _use(graph: Graph, axes: Axes, def_use: DefUse, names: tuple[str, ...], op: Op, k: int) -> Product:
+    leaf, depth = def_use.views[op.ins[k]]
     refusal = f"`{names[leaf]}` is used inside `{op.inside[-1]}`, which cannot be probed" if op.inside else ""
     sides = _sides(op, k)
     refusal = refusal or sides.refusal.format(leaf=names[leaf])
@@ -137,7 +137,7 @@ def _use(graph: Graph, axes: Axes, wiring: DefUse, names: tuple[str, ...], op: O
         f"output of {names[leaf]}", op, stacked, axes[op.outs[0]], sides.output_rows, sides.output_cols, axes.steps
     )
     rows = tuple(input_atoms[f] for f in inputs.rows)
-    bias = _bias(graph, axes, wiring, names, op, k, col_atoms, depth)
+    bias = _bias(graph, axes, def_use, names, op, k, col_atoms, depth)
     return Product(op, k, kernel, inputs, outputs, rows, input_atoms, output_atoms, sides.window, bias, refusal)
 
 
@@ -233,18 +233,18 @@ def array_layout(
 
 
 def _bias(
-    graph: Graph, axes: Axes, wiring: DefUse, names: tuple[str, ...], op: Op, k: int, cols: Axis, depth: int
+    graph: Graph, axes: Axes, def_use: DefUse, names: tuple[str, ...], op: Op, k: int, cols: Axis, depth: int
 ) -> Layout | None:
     """The vector added to a product, found by following the product through views to the addition."""
     value = op.outs[0]
-    while len(users := wiring.used_by.get(value, [])) == 1:
+    while len(users := def_use.used_by.get(value, [])) == 1:
         (user,) = users
         if is_view(user) and user.name != "scan_in":
             value = user.outs[0]
             continue
         if user.name not in ADDITIONS or user.ins[0] is user.ins[1]:
             break
-        found = wiring.vector(user.ins[1] if user.ins[0] is value else user.ins[0])
+        found = def_use.vector(user.ins[1] if user.ins[0] is value else user.ins[0])
         if found is None or found[0].depth != depth:
             break
         view, vector = found
@@ -257,7 +257,7 @@ def _bias(
     return None
 
 
-def _obstruction(wiring: DefUse, names: tuple[str, ...], value: Value) -> str:
+def _obstruction(def_use: DefUse, names: tuple[str, ...], value: Value) -> str:
     """Which leaf a parameter-only operand comes from, and the first operation that is not a view; "" if none.
 
     A matrix is named rather than a vector that scales it; a flat vector of parameters is all there is.
@@ -265,13 +265,13 @@ def _obstruction(wiring: DefUse, names: tuple[str, ...], value: Value) -> str:
     seen, queue, found = set(), [value], []
     while queue:
         v = queue.pop()
-        op = wiring.made_by.get(v)
+        op = def_use.made_by.get(v)
         if op is None or v in seen:
             continue
         seen.add(v)
-        found += [(source, op) for source in op.ins if source in wiring.views and source.shape]
+        found += [(source, op) for source in op.ins if source in def_use.views and source.shape]
         queue += op.ins
     source, op = next((one for one in found if len(one[0].shape) > 1), found[0] if found else (None, None))
     if source is None or op is None:
         return ""
-    return f"`{names[wiring.views[source].leaf]}` reaches the matrix product through `{op.name}`"
+    return f"`{names[def_use.views[source].leaf]}` reaches the matrix product through `{op.name}`"

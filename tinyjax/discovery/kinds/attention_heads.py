@@ -18,7 +18,7 @@ from tinyjax.discovery.dimensions.products import Product, aligned
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
 from tinyjax.discovery.graph.def_use import is_layout
 from tinyjax.discovery.graph.graph import Address, Op, Value
-from tinyjax.discovery.kinds.attention_scores import Attention, _scores
+from tinyjax.discovery.kinds.attention_scores import Attention, scores_beside
 from tinyjax.discovery.kinds.attention_values import ValuesPath
 from tinyjax.discovery.kinds.hidden_layer import find_hidden_layer
 from tinyjax.discovery.kinds.query_key import QueryKeyPath, find_scored
@@ -88,7 +88,7 @@ def find_scores(model: Dimensions, dimension: Atom) -> tuple[Op, Atom]:
     Raises:
         CannotGrow: with the reason.
     """
-    found = _scores(model, dimension)
+    found = scores_beside(model, dimension)
     if len(found) != 1:
         raise CannotGrow(f"{len(found)} products of activations look like their scores")
     return found[0]
@@ -118,7 +118,7 @@ def find_replay(model: Dimensions, scores: Op, attention: Attention | None, dime
     """
     if attention is None:
         raise CannotGrow("the weights of its attention are not found")
-    walk, behind = model.wiring.walk(scores.outs), list[Op]()
+    walk, behind = model.def_use.walk(scores.outs), list[Op]()
     while (reader := next(walk)).path != attention.address:
         behind.append(reader)
         walk.reach(reader.outs)
@@ -137,7 +137,7 @@ def find_replay(model: Dimensions, scores: Op, attention: Attention | None, dime
         for i, value in enumerate(op.ins):
             if value in reached:
                 continue
-            number = model.wiring.scalar(value)
+            number = model.def_use.scalar(value)
             if number is not None:
                 scalars[value] = number
             elif op.path in taps or op.inside:
@@ -158,7 +158,7 @@ def require_same_heads(model: Dimensions, pair: QueryKeyPath, values: Tangent, d
 
 
 def _require_same(model: Dimensions, value: Value, dimension: Atom, op: Op) -> None:
-    if not same_along(model.axes, model.wiring, value, dimension):
+    if not same_along(model.axes, model.def_use, value, dimension):
         raise CannotGrow(f"what `{op.name}` adds or multiplies differs between heads")
 
 

@@ -93,7 +93,7 @@ class ScoreLayouts:
         """
         scores = self._op.outs[0]
         reached: dict[Value, tuple[int, ...]] = {scores: self._key_axes}
-        walk = self._model.wiring.walk(reached)
+        walk = self._model.def_use.walk(reached)
         for op in walk:
             hit = [i for i, v in enumerate(op.ins) if v in reached]
             if op.name == "dot_general":
@@ -151,7 +151,7 @@ def counts_heads(model: Dimensions, dimension: Atom) -> bool:
         len(producers) > 1
         and bool(consumers)
         and score_op(model, dimension) is None
-        and bool(_scores(model, dimension))
+        and bool(scores_beside(model, dimension))
     )
 
 
@@ -167,7 +167,7 @@ def is_turned(model: Dimensions, producers: Sequence[Product]) -> bool:
     """Whether a product reaches scores through a cut and a join of its axes, as rotary embeddings do."""
     for use in producers:
         reached = dict.fromkeys(use.op.outs, frozenset[str]())
-        walk = model.wiring.walk(use.op.outs)
+        walk = model.def_use.walk(use.op.outs)
         for op in walk:
             hit = [reached[v] for v in op.ins if v in reached]
             done = frozenset[str]().union(*hit)
@@ -189,7 +189,7 @@ def _meets_activations(model: Dimensions, op: Op, reached: Container[Value]) -> 
 def _done_by(model: Dimensions, op: Op, inside: int, done: frozenset[str]) -> frozenset[str]:
     """What an operation adds to a rotation: halves or pairs are cut, multiplied by angles and joined again."""
     if op.name in ("mul", "complex") and inside < len(op.ins):
-        angles = [v for v in op.ins if v.shape and model.wiring.scalar(v) is None and not _is_learned(model, v)]
+        angles = [v for v in op.ins if v.shape and model.def_use.scalar(v) is None and not _is_learned(model, v)]
         return frozenset({"turned"} if angles else ())
     if inside > 1 and done and op.name in _JOINS:
         return frozenset({"joined"})
@@ -198,10 +198,11 @@ def _done_by(model: Dimensions, op: Op, inside: int, done: frozenset[str]) -> fr
 
 def _is_learned(model: Dimensions, value: Value) -> bool:
     """Whether a value is a view or a broadcast of parameters."""
-    return model.wiring.vector(value) is not None
+    return model.def_use.vector(value) is not None
 
 
-def _scores(model: Dimensions, dimension: Atom) -> list[tuple[Op, Atom]]:
+def scores_beside(model: Dimensions, dimension: Atom) -> list[tuple[Op, Atom]]:
+    """The scores that are taken along a dimension side by side, each with the dimension that they contract."""
     found = []
     for op in model.paired.get(dimension, []):
         sides = contraction(op)

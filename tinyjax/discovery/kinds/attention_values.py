@@ -50,5 +50,5 @@ def find_values_path(
     if any({root(a) for a in c.rows if a is not None} != {root(a) for a in order} for c in consumers):
         raise CannotGrow("its consumers read it in different rows")
     read = tuple(aligned(c, order) for c in consumers)
-    tangent, producer, read = find_tangent(model.axes, model.wiring, flow, producer, read, dimension, model.kernels)
+    tangent, producer, read = find_tangent(model.axes, model.def_use, flow, producer, read, dimension, model.kernels)
     return ValuesPath(producer, read, tangent)

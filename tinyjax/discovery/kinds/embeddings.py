@@ -14,7 +14,7 @@ from tinyjax.discovery.paths.flow import Flow
 from tinyjax.discovery.paths.refusals import CannotGrow
 
 
-def _lookups(model: Dimensions, dimension: Atom) -> list[Product]:
+def lookups(model: Dimensions, dimension: Atom) -> list[Product]:
     """Tables whose rows are looked up by index, each as a use: what is recorded are the indices."""
     found = []
     for op in model.tables.get(dimension, ()):
@@ -27,7 +27,7 @@ def _lookups(model: Dimensions, dimension: Atom) -> list[Product]:
         if len(looked_up) != 1 or roots(model.axes[table][1 - looked_up[0]]) != [dimension]:
             continue
         (entry,), rank = looked_up, len(op.outs[0].shape)
-        leaf, depth = model.wiring.views[table]
+        leaf, depth = model.def_use.views[table]
         rows, cols = (tuple(parts(model.axes[table][d])) for d in (entry, 1 - entry))
         kernel = leaf_layout(model.axes, model.graph.params[leaf], model.names[leaf], depth, rows, cols)
         if kernel is None or depth:
@@ -72,7 +72,7 @@ def _as_use(
     return Product(op, operand, kernel, inputs, outputs, of_rows, input_atoms, atoms, None, None, "")
 
 
-def _added(
+def added_positions(
     model: Dimensions, flow: Flow, dimension: Atom, found: dict[int, str], biases: set[str]
 ) -> list[tuple[Product, tuple[int, ...] | None]]:
     """Leaves added to the stream (position embeddings, vectors): the addition as a use, and which row goes where."""

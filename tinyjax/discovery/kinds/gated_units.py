@@ -72,19 +72,19 @@ class Gate(NamedTuple):
     activation: Callable[[Array], Array]
 
 
-def pair_up(axes: Axes, wiring: DefUse, producers: Sequence[Product], dimension: Atom) -> list[tuple[Product, Gate]]:
+def pair_up(axes: Axes, def_use: DefUse, producers: Sequence[Product], dimension: Atom) -> list[tuple[Product, Gate]]:
     """The products that new neurons are computed for, each with its gate.
 
     Args:
         axes: of its tensors.
-        wiring: of its values.
+        def_use: of its values.
         producers: the products that write the dimension, with two kernels between them.
         dimension: the hidden dimension.
 
     Raises:
         CannotGrow: with the reason.
     """
-    flows = [follow_product(axes, wiring, use, dimension) for use in producers]
+    flows = [follow_product(axes, def_use, use, dimension) for use in producers]
     follows: dict[Value, list[int]] = {}
     for i, flow in enumerate(flows):
         for value in flow.values:
@@ -100,7 +100,7 @@ def pair_up(axes: Axes, wiring: DefUse, producers: Sequence[Product], dimension:
             raise CannotGrow("2 producers, which do not meet pair by pair")
         (second,) = partners
         del left[second]
-        pairs.append(_ordered(wiring, joins[second], *((producers[i], flows[i]) for i in (first, second))))
+        pairs.append(_ordered(def_use, joins[second], *((producers[i], flows[i]) for i in (first, second))))
     if len({use.leaf for use, _ in pairs}) > 1:
         raise CannotGrow("2 producers, each of which gates the other")
     return pairs
@@ -117,7 +117,7 @@ def _first_joint(a: Flow, b: Flow) -> Op | None:
 
 
 def _ordered(
-    wiring: DefUse, op: Op | None, one: tuple[Product, Flow], other: tuple[Product, Flow]
+    def_use: DefUse, op: Op | None, one: tuple[Product, Flow], other: tuple[Product, Flow]
 ) -> tuple[Product, Gate]:
     """Which of two products is the gate of the other."""
     assert op is not None
@@ -137,7 +137,7 @@ def _ordered(
     (_, up, _, _), (_, gate, flow, value) = sides if sides[0][0] <= sides[1][0] else sides[::-1]
     _require_single_joint(op, one[1], other[1])
     try:
-        activation = activation_between(wiring, gate, value)
+        activation = activation_between(def_use, gate, value)
     except CannotGrow as reason:
         raise CannotGrow(f"2 producers of a gated unit, whose gate {reason}") from None
     return up, Gate(gate, flow, value, activation)

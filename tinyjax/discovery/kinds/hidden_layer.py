@@ -110,7 +110,7 @@ def find_hidden_layer(model: Dimensions, dimension: Atom) -> Verdict:
     flows = []
     for producer, gate in pairs:
         gates = frozenset() if gate is None else frozenset({gate.value})
-        flows.append(follow_product(model.axes, model.wiring, producer, dimension, gates))
+        flows.append(follow_product(model.axes, model.def_use, producer, dimension, gates))
     reason = _joint_reason(model, producers, consumers, flows)
     if reason:
         return Verdict(reason)
@@ -130,7 +130,7 @@ def find_hidden_layer(model: Dimensions, dimension: Atom) -> Verdict:
             found |= dict.fromkeys(biases, "shift")
             accounted |= {entries[0].op for entries in biases.values()}
         bias = None if producer.bias is None else producer.bias.leaf
-        norm, reason = find_norm(flow, model.wiring, model.axes, found, model.names, bias, dimension.size)
+        norm, reason = find_norm(flow, model.def_use, model.axes, found, model.names, bias, dimension.size)
         mixed = any(flow.rows.mixing[c.input_value] != ROW_BY_ROW for c in mine) or len(producer.kernel.cols) != 1
         if norm is not None and mixed:
             reason = "a batch normalisation where rows are mixed"
@@ -175,7 +175,7 @@ def _with_gates(model: Dimensions, dimension: Atom, producers: Sequence[Product]
     """
     if len({use.leaf for use in producers}) == 1:
         return [(use, None) for use in producers]
-    return [*pair_up(model.axes, model.wiring, producers, dimension)]
+    return [*pair_up(model.axes, model.def_use, producers, dimension)]
 
 
 def _path(
@@ -192,7 +192,7 @@ def _path(
         if gate is not None:
             raise CannotGrow(flow.rows.mixing[read] or f"`{producer.leaf}` produces it together with another axis")
         return find_values_path(model, producer, consumers, flow, dimension)
-    slope = partial(slope_at_empty, model.wiring, flow, producer.op.outs[0], read)
+    slope = partial(slope_at_empty, model.def_use, flow, producer.op.outs[0], read)
     if not is_rowwise(producer, consumers, flow.poolings.before[read]):
         if gate is not None:
             raise CannotGrow("a gated unit between convolutions or poolings")
@@ -213,7 +213,7 @@ def _path(
 def _activation(model: Dimensions, producer: Product, read: Value) -> Callable[[Array], Array] | None:
     """The elementwise function between a product and what its consumers read, or None."""
     try:
-        return activation_between(model.wiring, producer, read)
+        return activation_between(model.def_use, producer, read)
     except CannotGrow:
         return None
 
@@ -256,7 +256,7 @@ def _other_rows(model: Dimensions, consumer: Product) -> str:
 
 def _row_reason(model: Dimensions, producer: Product, consumers: Sequence[Product], flow: Flow) -> str:
     """Why the consumers do not read what the producer wrote, slot by slot, with empty slots at zero."""
-    if len({model.wiring.origin(c.input_value) for c in consumers}) > 1:
+    if len({model.def_use.origin(c.input_value) for c in consumers}) > 1:
         return "its consumers read different tensors"
     for consumer in consumers:
         same_scans = producer.op.scans == consumer.op.scans

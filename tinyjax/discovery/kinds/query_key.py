@@ -98,7 +98,7 @@ def find_pair(
     for use in producers:
         if use.refusal:
             raise CannotGrow(use.refusal)
-    flows = [follow_product(model.axes, model.wiring, use, dimension) for use in producers]
+    flows = [follow_product(model.axes, model.def_use, use, dimension) for use in producers]
     sides = [next((i for i, v in enumerate(op.ins) if v in flow.values), None) for flow in flows]
     if sorted(map(str, sides)) != ["0", "1"] or op.inside:
         raise CannotGrow("its scores are not the product of one query and one key")
@@ -141,7 +141,7 @@ def find_pair(
         raise CannotGrow("its scores do not have the samples as rows")
     kept = {dimension, *heads[0], *heads[1]}
     queries, keys = (
-        slot_path(model.axes, model.wiring, flow, use, dimension, op.ins[side], layout, kept, model.kernels)
+        slot_path(model.axes, model.def_use, flow, use, dimension, op.ins[side], layout, kept, model.kernels)
         for flow, use, side, layout in (
             (query_flow, query, query_side, layouts.queries),
             (key_flow, key, key_side, layouts.keys),
@@ -176,7 +176,7 @@ def find_pair(
 def _power(model: Dimensions, op: Op, before: Sequence[Op], capacity: int) -> float:
     """The p of a factor capacity^-p on queries, keys or scores; 0 where the factor is another."""
     value, after = op.outs[0], []
-    while len(users := model.wiring.used_by.get(value, [])) == 1 and len(users[0].outs) == 1:
+    while len(users := model.def_use.used_by.get(value, [])) == 1 and len(users[0].outs) == 1:
         if not (is_layout(users[0]) or users[0].name in ("mul", "div")):
             break
         after.append(users[0])
@@ -184,7 +184,7 @@ def _power(model: Dimensions, op: Op, before: Sequence[Op], capacity: int) -> fl
     factors = [1.0]
     for scaling in (*before, *after):
         if scaling.name in ("mul", "div"):
-            numbers = [found for v in scaling.ins if (found := number_of(model.wiring, v)) is not None]
+            numbers = [found for v in scaling.ins if (found := number_of(model.def_use, v)) is not None]
             factors += [float(numbers[0]) ** (-1 if scaling.name == "div" else 1)] if numbers else []
     # all together (both sides scaled by the fourth root), or one of them (a cap of scores brings numbers of its own)
     factors = [math.prod(factors), *factors[1:]]

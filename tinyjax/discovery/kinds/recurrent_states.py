@@ -58,7 +58,7 @@ class States:
     """
 
     def __init__(self, model: Dimensions, dimension: Atom, start: Value, readers: Mapping[Value, Sequence[Product]]):
-        scans = model.wiring.made_by[start].scans
+        scans = model.def_use.made_by[start].scans
         if len(scans) > 1:
             raise CannotGrow("it recurs inside nested loops")
         self.along: Scan | None = scans[0] if scans else None
@@ -72,7 +72,7 @@ class States:
         done, fresh = set[Op](), [start]
         # What a scan hands to its next step is read above where it is made: round by round, until it settles.
         while fresh:
-            found = {op for v in fresh for op in model.wiring.used_by.get(v, ())} - done
+            found = {op for v in fresh for op in model.def_use.used_by.get(v, ())} - done
             done |= found
             fresh = []
             for op in sorted(found, key=model.order.__getitem__):
@@ -122,7 +122,7 @@ class States:
         moving = [v in self.held for v in op.ins]
         inside = [self.held[v] for v in op.ins if v in self.held]
         first = inside[0]
-        numbers = [self.held[v].empty if v in self.held else self._model.wiring.scalar(v) for v in op.ins]
+        numbers = [self.held[v].empty if v in self.held else self._model.def_use.scalar(v) for v in op.ins]
         if len({(held.steps, held.along) for held in inside}) > 1 or any(k is None for k in numbers):
             raise CannotGrow(f"its states meet another tensor in `{op.name}`")
         if is_layout(op):
@@ -144,7 +144,7 @@ class States:
         held = self.held.get(result)
         if held is None or not isinstance(held.along, Scan) or held.along.path != op.path:
             raise CannotGrow("its states are carried through a loop that does not make them")
-        if self._model.wiring.scalar(self._model.wiring.made_by[entered].ins[0]) != 0:
+        if self._model.def_use.scalar(self._model.def_use.made_by[entered].ins[0]) != 0:
             raise CannotGrow("its initial state is not zero")
         steps = held.steps
         before = (*steps[1:], NONE) if held.along.reverse else (NONE, *steps[:-1])

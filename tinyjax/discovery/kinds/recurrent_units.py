@@ -121,7 +121,7 @@ def find_recurrence(
             first = next(iter(terms.values()))
             paths.append(RecurrentPath(first, laid, states.length, terms, reads, slope))
     for use in consumers:
-        if use not in read and model.wiring.scalar(use.input_value) != 0:
+        if use not in read and model.def_use.scalar(use.input_value) != 0:
             raise CannotGrow(f"`{use.leaf}` reads it where no state is made")
     seen = {use.op for use in (*producers, *consumers)} | {op for one in sums for op in one.added}
     return Recurrence(tuple(paths), dict.fromkeys(sums[0].shifts, "shift"), seen)
@@ -145,13 +145,13 @@ def _require_plain(use: Product, dimension: Atom) -> None:
 
 def _sums(model: Dimensions, dimension: Atom, producers: Sequence[Product]) -> list[_Sum]:
     """The products by the sums they end in."""
-    wiring, sums = model.wiring, dict[Value, _Sum]()
+    def_use, sums = model.def_use, dict[Value, _Sum]()
     on_the_way, added = set[Value](), dict[Op, None]()
     for use in producers:
         (value,) = use.op.outs
         along: Along = use.op.scans[-1] if use.op.scans else None
         on_the_way.add(value)
-        while len(users := wiring.used_by.get(value, [])) == 1:
+        while len(users := def_use.used_by.get(value, [])) == 1:
             (user,) = users
             if user.name in ADDITIONS:
                 added[user] = None
@@ -169,7 +169,7 @@ def _sums(model: Dimensions, dimension: Atom, producers: Sequence[Product]) -> l
         end = _end(model, op, sums)
         sums[end].added.add(op)
         for value in op.ins:
-            found = wiring.vector(value)
+            found = def_use.vector(value)
             if found is not None and [a for axis in model.axes[found[1]] for a in roots(axis)] == [dimension]:
                 sums[end].shifts.add(found[0].leaf)
             elif value not in on_the_way:
@@ -187,7 +187,7 @@ def _end(model: Dimensions, op: Op, ends: Mapping[Value, _Sum]) -> Value:
     """The sum that an addition belongs to."""
     (value,) = op.outs
     while value not in ends:
-        value = model.wiring.used_by[value][0].outs[0]
+        value = model.def_use.used_by[value][0].outs[0]
     return value
 
 

@@ -19,8 +19,8 @@ from tinyjax.discovery.dimensions.primitives import BETWEEN_ACTIVATIONS
 from tinyjax.discovery.dimensions.products import Product, aligned
 from tinyjax.discovery.dimensions.unification import Atom, root, roots
 from tinyjax.discovery.graph.graph import MATMULS, SUMS, Address, Op, Value
-from tinyjax.discovery.kinds.embeddings import _added, _lookups, num_inputs
-from tinyjax.discovery.kinds.rms_norm import _is_behind_norm, _norms, _powers
+from tinyjax.discovery.kinds.embeddings import added_positions, lookups, num_inputs
+from tinyjax.discovery.kinds.rms_norm import is_behind_norm, is_divided, norm_powers
 from tinyjax.discovery.paths.batch_norm import roles
 from tinyjax.discovery.paths.flow import Flow, follow_product
 from tinyjax.discovery.paths.path import Path, Verdict, readers
@@ -114,13 +114,13 @@ def sums_along(model: Dimensions, dimension: Atom) -> list[Op]:
 
 def is_residual(model: Dimensions, sums: Sequence[Op]) -> bool:
     """Whether what is added is read by something else too: a block that adds to what it reads."""
-    readers = model.wiring.used_by
-    return any(len({*readers[v], *readers[model.wiring.origin(v)]}) > 1 for op in sums for v in op.ins)
+    readers = model.def_use.used_by
+    return any(len({*readers[v], *readers[model.def_use.origin(v)]}) > 1 for op in sums for v in op.ins)
 
 
 def num_writers(model: Dimensions, dimension: Atom) -> int:
     """How many leaves write a dimension: kernels of products, and tables that rows are looked up in."""
-    return len({use.leaf for use in (*model.producing.get(dimension, []), *_lookups(model, dimension))})
+    return len({use.leaf for use in (*model.producing.get(dimension, []), *lookups(model, dimension))})
 
 
 def find_stream(model: Dimensions, dimension: Atom) -> Verdict:
@@ -130,19 +130,19 @@ def find_stream(model: Dimensions, dimension: Atom) -> Verdict:
         CannotGrow: with the reason why it cannot grow.
     """
     consumers = model.consuming.get(dimension, [])
-    writers = [*model.producing.get(dimension, []), *_lookups(model, dimension)]
+    writers = [*model.producing.get(dimension, []), *lookups(model, dimension)]
     writers.sort(key=lambda use: model.order[use.op])
     _require_plain(writers, consumers)
     starts = [use.op.outs[0] for use in writers]
-    flow = follow_product(model.axes, model.wiring, writers[0], dimension, others=starts[1:])
+    flow = follow_product(model.axes, model.def_use, writers[0], dimension, others=starts[1:])
     if flow.refusal:
         raise CannotGrow(flow.refusal)
-    divided = _norms(model, flow, dimension, consumers)
+    divided = is_divided(model, flow, dimension, consumers)
     found = roles(flow)
     kernels = {use.leaf for use in writers}
     found |= {leaf: "fan_in" for leaf, _ in model.leaves[dimension] if model.names[leaf] in kernels}
     biases = {use.bias.leaf for use in writers if use.bias is not None}
-    positions = _added(model, flow, dimension, found, biases)
+    positions = added_positions(model, flow, dimension, found, biases)
     _require_accounted(model, flow, dimension, found, (*writers, *consumers))
     products = {use.op for use in writers}
     writers = sorted([(use, None) for use in writers] + positions, key=lambda one: model.order[one[0].op])
@@ -151,7 +151,7 @@ def find_stream(model: Dimensions, dimension: Atom) -> Verdict:
         raise CannotGrow(f"the second moments of what its {len(groups)} readers see would hold {count} numbers")
     uses = tuple(use for use, _ in writers)
     _require_followed(model, flow, dimension, uses, products, [group[0].input_value for group in groups])
-    powers = _powers(model, flow, found, uses, groups) if divided else ()
+    powers = norm_powers(model, flow, found, uses, groups) if divided else ()
     stream = Stream(tuple(map(len, groups)), normed=divided is not None)
     parts = functools.cache(flow.downstream)
     paths = []
@@ -209,7 +209,7 @@ def _require_accounted(
             raise CannotGrow(f"`{name}` is neither a plain shift nor a plain scale")
         if len(flow.vectors.entries[leaf]) > 1:
             raise CannotGrow(f"`{name}` acts on it more than once")
-        if found[leaf] == "shift" and _is_behind_norm(flow, leaf):
+        if found[leaf] == "shift" and is_behind_norm(flow, leaf):
             raise CannotGrow(f"`{name}` is added behind a norm")
 
 
@@ -227,7 +227,7 @@ def _grouped(
         unsilent_op = flow.empty.unsilent_op.get(use.input_value)
         if unsilent_op is not None:
             raise CannotGrow(f"an empty coordinate is not silent: `{unsilent_op}` moves it away from 0")
-        groups.setdefault(model.wiring.origin(use.input_value), []).append(use)
+        groups.setdefault(model.def_use.origin(use.input_value), []).append(use)
     found = []
     for group in groups.values():
         order = [root(model.axes.samples), *(root(a) for a in group[0].rows if a is not None)]
@@ -246,8 +246,8 @@ def _require_followed(
 
     Each operation is looked at once, whichever writers and readers it lies between.
     """
-    ops = between(model.wiring, flow, products, read)
-    follow(model.axes, model.wiring, flow, writers[0], dimension, ops, {dimension}, model.kernels)
+    ops = between(model.def_use, flow, products, read)
+    follow(model.axes, model.def_use, flow, writers[0], dimension, ops, {dimension}, model.kernels)
     leading = {*read, *(v for op in ops for v in op.ins)}
     for use in writers:
         if use.op.outs[0] not in leading:
@@ -261,7 +261,7 @@ def _tangent(
     own, read = parts(writer.op.outs[0]), reader.input_value
     if read not in own.values:
         return None
-    return slot_path(model.axes, model.wiring, own, writer, dimension, read, reader.inputs, {dimension}, model.kernels)
+    return slot_path(model.axes, model.def_use, own, writer, dimension, read, reader.inputs, {dimension}, model.kernels)
 
 
 def may_be_stream(model: Dimensions, dimension: Atom) -> bool:
@@ -273,7 +273,7 @@ def may_be_stream(model: Dimensions, dimension: Atom) -> bool:
         return False
     written = num_writers(model, dimension)
     embedding = written == 1 and not producers
-    return written > 1 or embedding or len({model.wiring.origin(use.input_value) for use in consumers}) > 1
+    return written > 1 or embedding or len({model.def_use.origin(use.input_value) for use in consumers}) > 1
 
 
 def find_residual_stream(model: Dimensions, dimension: Atom, reason: str) -> Verdict:

@@ -22,7 +22,7 @@ _LAYER_NORM = (
 )
 
 
-def _norms(model: Dimensions, flow: Flow, dimension: Atom, consumers: Sequence[Product]) -> bool | None:
+def is_divided(model: Dimensions, flow: Flow, dimension: Atom, consumers: Sequence[Product]) -> bool | None:
     """Whether norms divide by the number of coordinates; None without a norm.
 
     Raises:
@@ -49,7 +49,7 @@ def _norms(model: Dimensions, flow: Flow, dimension: Atom, consumers: Sequence[P
             else:
                 raise CannotGrow(f"its squares go into `{op.name}`, which is no mean over them")
         elif not along and op.name in REDUCTIONS:
-            centres = is_taken_off(model.wiring, op)
+            centres = is_taken_off(model.def_use, op)
             raise CannotGrow((_LAYER_NORM if centres else "`{op}` over it is no mean square").format(op=op.name))
         elif not along:
             raise CannotGrow(f"`{op.name}` reads it, which is no product with a parameter")
@@ -75,11 +75,11 @@ def _divides(model: Dimensions, value: Value, size: int) -> bool:
     found = set()
     queue = [value]
     while queue:
-        for user in model.wiring.used_by.get(v := queue.pop(), []):
+        for user in model.def_use.used_by.get(v := queue.pop(), []):
             if is_layout(user):
                 queue += user.outs
                 continue
-            number = next((c for other in user.ins if (c := model.wiring.scalar(other)) is not None), None)
+            number = next((c for other in user.ins if (c := model.def_use.scalar(other)) is not None), None)
             if number is not None and (user.name == "mul" or (user.name == "div" and user.ins[0] is v)):
                 found.add(float(number) if user.name == "div" else 1 / float(number))
             else:
@@ -91,12 +91,12 @@ def _divides(model: Dimensions, value: Value, size: int) -> bool:
     raise CannotGrow("a norm divides its sum of squares by another number than its width")
 
 
-def _is_behind_norm(flow: Flow, leaf: int) -> bool:
+def is_behind_norm(flow: Flow, leaf: int) -> bool:
     """Whether a vector meets the stream where its rows have been multiplied by a factor of their own."""
     return bool(flow.factors.of[flow.vectors.entries[leaf][0].op.outs[0]])
 
 
-def _powers(
+def norm_powers(
     model: Dimensions,
     flow: Flow,
     found: dict[int, str],
@@ -109,7 +109,7 @@ def _powers(
     every norm by 1 / c, or the kernel of a reader without one.
     """
     powers = {use.leaf: 0.5 for use in writers} | {use.bias.leaf: 0.5 for use in writers if use.bias is not None}
-    scales = {leaf for leaf, role in found.items() if role == "scale" and _is_behind_norm(flow, leaf)}
+    scales = {leaf for leaf, role in found.items() if role == "scale" and is_behind_norm(flow, leaf)}
     powers |= {model.names[leaf]: 0.5 for leaf, role in found.items() if role == "shift"}
     powers |= {model.names[leaf]: -0.5 for leaf in scales}
     scaled: Counter[Value] = Counter()

@@ -20,7 +20,7 @@ from tinyjax.discovery.graph.graph import ADDITIONS, Op, Value
 from tinyjax.discovery.paths.refusals import CannotGrow
 
 
-def activation_between(wiring: DefUse, use: Product, end: Value) -> Callable[[Array], Array]:
+def activation_between(def_use: DefUse, use: Product, end: Value) -> Callable[[Array], Array]:
     """What lies between the pre-activation of a product, its bias added, and a later value, as an elementwise function.
 
     Raises:
@@ -32,9 +32,9 @@ def activation_between(wiring: DefUse, use: Product, end: Value) -> Callable[[Ar
     stack: list[tuple[Value, Op, Iterator[Value]]] = []  # what is being looked into, its operands still to look at
 
     def enter(value: Value) -> None:
-        if value in done or value in wiring.views or number_of(wiring, value) is not None:
+        if value in done or value in def_use.views or number_of(def_use, value) is not None:
             return
-        op = wiring.made_by.get(value)
+        op = def_use.made_by.get(value)
         if op is None or not (is_layout(op) or op.name in ELEMENTWISE):
             raise CannotGrow("depends on something else")
         stack.append((value, op, iter(op.ins)))
@@ -48,7 +48,7 @@ def activation_between(wiring: DefUse, use: Product, end: Value) -> Callable[[Ar
             order.append((op, op.ins))
             stack.pop()
             continue
-        if wiring.vector(source) is not None and (use.bias is None or op.name not in ADDITIONS):
+        if def_use.vector(source) is not None and (use.bias is None or op.name not in ADDITIONS):
             raise CannotGrow("has parameters of its own besides the bias")
         enter(source)
 
@@ -58,7 +58,7 @@ def activation_between(wiring: DefUse, use: Product, end: Value) -> Callable[[Ar
         def read(value: Value) -> Any:
             if value in values:
                 return values[value]
-            number = number_of(wiring, value)
+            number = number_of(def_use, value)
             return jnp.asarray(0 if number is None else number, value.dtype)  # the bias is in z already
 
         for op, ins in order:

@@ -31,7 +31,7 @@ def roles(flow: Flow) -> dict[int, str]:
 
 def find_norm(
     flow: Flow,
-    wiring: DefUse,
+    def_use: DefUse,
     axes: Axes,
     found: Mapping[int, str],
     names: Sequence[str],
@@ -55,7 +55,7 @@ def find_norm(
         return None, "it is normalised without one scale and one shift, so that the identity cannot be set at birth"
     if len(leaf_of["mean"]) > 1 or len(leaf_of["var"]) > 1:
         return None, "it is normalised by more than one running statistic"
-    epsilon = set(flow.degrees.epsilon) if flow.rows.normalised else _running_epsilon(flow, wiring, axes, found)
+    epsilon = set(flow.degrees.epsilon) if flow.rows.normalised else _running_epsilon(flow, def_use, axes, found)
     if len(epsilon) != 1:
         return None, "it is normalised with an epsilon that cannot be read off"
     mean, var = (leaf_of[role][0] if leaf_of[role] else None for role in ("mean", "var"))
@@ -85,7 +85,7 @@ def _has_root(flow: Flow, op: Op) -> bool:
     return any(e.op is op and e.through & _ROOTS for entries in flow.vectors.entries.values() for e in entries)
 
 
-def _running_epsilon(flow: Flow, wiring: DefUse, axes: Axes, found: Mapping[int, str]) -> set[float]:
+def _running_epsilon(flow: Flow, def_use: DefUse, axes: Axes, found: Mapping[int, str]) -> set[float]:
     """Constants added to the running variance on its way to the flow."""
     (leaf,) = [leaf for leaf, role in found.items() if role == "var"]
     constants: set[float] = set()
@@ -93,11 +93,11 @@ def _running_epsilon(flow: Flow, wiring: DefUse, axes: Axes, found: Mapping[int,
     queue = [v for v in flow.vectors.entries[leaf][0].op.ins if axes.parameter_only(v)]
     while queue:
         value = queue.pop()
-        op: Op | None = wiring.made_by.get(value)
+        op: Op | None = def_use.made_by.get(value)
         if op is None or value in seen:
             continue
         seen.add(value)
         if op.name == "add":
-            constants.update(float(c) for v in op.ins if (c := wiring.scalar(v)) is not None)
+            constants.update(float(c) for v in op.ins if (c := def_use.scalar(v)) is not None)
         queue += op.ins
     return constants

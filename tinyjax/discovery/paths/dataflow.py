@@ -24,7 +24,7 @@ class Dataflow:
 
     Attributes:
         axes: of the graph's tensors.
-        wiring: of its values.
+        def_use: of its values.
         slots: the dimension.
         gates: values that multiply the flow slot by slot, and which are given with each new neuron.
         starts: what the product makes, and the results of further products that write the dimension, in the same rows.
@@ -34,7 +34,7 @@ class Dataflow:
     """
 
     axes: Axes
-    wiring: DefUse
+    def_use: DefUse
     slots: Atom
     gates: Set[Value]
     starts: tuple[Value, ...]
@@ -61,7 +61,7 @@ class Dataflow:
 
     def is_vector(self, value: Value) -> bool:
         """Whether a value is a parameter vector along the slots, the same in all rows."""
-        found = self.wiring.vector(value)
+        found = self.def_use.vector(value)
         return found is not None and self.has_slots(found[1]) and self._has_only_slots(found[1])
 
     def factored(self, value: Value) -> tuple[Op, int] | None:
@@ -69,17 +69,17 @@ class Dataflow:
 
         A root-mean-square norm may multiply what it divides by with its scale first.
         """
-        op = self.wiring.made_by.get(value)
+        op = self.def_use.made_by.get(value)
         if op is None or op.name != "mul":
             return None
-        vectors = [i for i, v in enumerate(op.ins) if self.has_slots(v) and self.wiring.vector(v) is not None]
+        vectors = [i for i, v in enumerate(op.ins) if self.has_slots(v) and self.def_use.vector(v) is not None]
         return (op, 1 - vectors[0]) if len(vectors) == 1 else None
 
     def selected(self, op: Op) -> int | None:
         """Which of two cases of a `select_n` is the flow, the other one being zero."""
         cases = op.ins[1:]
         inside = [i for i, v in enumerate(cases) if v in self.values]
-        zero = [i for i, v in enumerate(cases) if v not in self.values and self.wiring.scalar(v) == 0]
+        zero = [i for i, v in enumerate(cases) if v not in self.values and self.def_use.scalar(v) == 0]
         return inside[0] if len(cases) == 2 and len(inside) == len(zero) == 1 else None
 
     def is_same_in_all_rows(self, value: Value) -> bool:
@@ -87,11 +87,11 @@ class Dataflow:
         queue, seen = deque([value]), {value}
         while queue:  # the nearest first: what differs is mostly near, and what lies behind it may be the whole network
             value = queue.popleft()
-            if self.wiring.steps.get(value, frozenset()) & self.row_scans:
+            if self.def_use.steps.get(value, frozenset()) & self.row_scans:
                 return False
             if self._has_only_slots(value):
                 continue
-            op = self.wiring.made_by.get(value)
+            op = self.def_use.made_by.get(value)
             if op is None or not (op.name in ELEMENTWISE or is_layout(op)):
                 return False
             queue += [v for v in op.ins if v not in seen]
@@ -103,14 +103,14 @@ class Dataflow:
 
 
 def follow_values(
-    axes: Axes, wiring: DefUse, producer: Product, slots: Atom, gates: Set[Value], others: Sequence[Value]
+    axes: Axes, def_use: DefUse, producer: Product, slots: Atom, gates: Set[Value], others: Sequence[Value]
 ) -> Dataflow:
     """The values that follow a product along a dimension; see `Dataflow`."""
     starts = (*producer.op.outs, *others)
-    ops, walk = [], wiring.walk(starts)
+    ops, walk = [], def_use.walk(starts)
     for op in walk:
         ops.append(op)
         walk.reach(out for out in op.outs if axes.has(out, slots))
     # Steps of the scans around the producer are rows, unless its kernel has one layer for each.
     row_scans = frozenset() if producer.kernel.stack else frozenset(producer.op.scans)
-    return Dataflow(axes, wiring, slots, gates, starts, row_scans, ops, walk.reached)
+    return Dataflow(axes, def_use, slots, gates, starts, row_scans, ops, walk.reached)

@@ -42,16 +42,16 @@ def find_degrees(flow: Dataflow, poolings: Poolings) -> Degrees:
         if len(known) < len(inside):
             continue
         pooled = bool(poolings.before[inside[0]])
-        degree = _degree(flow.wiring, op, inside, known, pooled)
+        degree = _degree(flow.def_use, op, inside, known, pooled)
         if degree is not None:
             degrees.update(dict.fromkeys(outs, degree))
         if op.name in SUMS and len(inside) == 1 and known[0] == 2 and pooled:
-            constants = [flow.wiring.scalar(v) for v in op.ins if v not in flow.values]
+            constants = [flow.def_use.scalar(v) for v in op.ins if v not in flow.values]
             epsilon.update(float(constant) for constant in constants if constant is not None)
     return Degrees(degrees, frozenset(epsilon))
 
 
-def _degree(wiring: DefUse, op: Op, inside: Sequence[Value], degrees: Sequence[float], pooled: bool) -> float | None:
+def _degree(def_use: DefUse, op: Op, inside: Sequence[Value], degrees: Sequence[float], pooled: bool) -> float | None:
     """Of the result, where it is a power of the product."""
     first = degrees[0]
     if is_layout(op) or op.name in _KEPT:
@@ -67,11 +67,11 @@ def _degree(wiring: DefUse, op: Op, inside: Sequence[Value], degrees: Sequence[f
     if op.name in SUMS:
         return first if len(set(degrees)) == 1 else None
     if op.name == "select_n":
-        return first if all(_is_nan(wiring, v) for v in op.ins[1:] if v not in inside) else None
+        return first if all(_is_nan(def_use, v) for v in op.ins[1:] if v not in inside) else None
     return None
 
 
-def _is_nan(wiring: DefUse, value: Value) -> bool:
+def _is_nan(def_use: DefUse, value: Value) -> bool:
     """Whether a value is NaN throughout: `jnp.var` returns it for statistics of nothing."""
-    constant = wiring.scalar(value)
+    constant = def_use.scalar(value)
     return constant is not None and bool(np.isnan(constant))

@@ -84,7 +84,7 @@ def held(flow: Dataflow, at: Mapping[Value, Any], value: Value, *, shifts: bool)
     factors, seen = [source] if shifts and number is None else [], set[Value]()
     while factors:  # a running mean, times its momentum
         factor = _behind_layout(flow, at, factors.pop(), shifts)
-        found, op = _at_hand(flow, at, factor, shifts), flow.wiring.made_by.get(factor)
+        found, op = _at_hand(flow, at, factor, shifts), flow.def_use.made_by.get(factor)
         if _is_zero(found):
             return 0
         product = found is None and op is not None and op.name in ("mul", "div") and factor not in seen
@@ -98,13 +98,13 @@ def _at_hand(flow: Dataflow, at: Mapping[Value, Any], value: Value, shifts: bool
     """What an empty slot holds in an operand, as far as that is known without asking for what it is made of."""
     if value in at:
         return at[value]
-    if value.const is None and shifts and flow.wiring.vector(value) is not None and flow.has_slots(value):
+    if value.const is None and shifts and flow.def_use.vector(value) is not None and flow.has_slots(value):
         return _zero(value)
-    return number_of(flow.wiring, value)
+    return number_of(flow.def_use, value)
 
 
 def _behind_layout(flow: Dataflow, at: Mapping[Value, Any], value: Value, shifts: bool) -> Value:
-    while _at_hand(flow, at, value, shifts) is None and (op := flow.wiring.made_by.get(value)) is not None:
+    while _at_hand(flow, at, value, shifts) is None and (op := flow.def_use.made_by.get(value)) is not None:
         if op.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
             break
         value = op.ins[0]

@@ -56,7 +56,7 @@ class Flow:
 
     def downstream(self, start: Value) -> "Flow":
         """The same from one of its values on."""
-        ops, walk = [], self.along.wiring.walk([start])
+        ops, walk = [], self.along.def_use.walk([start])
         for op in walk:
             ops.append(op)
             walk.reach(v for v in op.outs if v in self.values)
@@ -66,7 +66,7 @@ class Flow:
 
 def follow_product(
     axes: Axes,
-    wiring: DefUse,
+    def_use: DefUse,
     producer: Product,
     slots: Atom,
     gates: Set[Value] = frozenset(),
@@ -76,13 +76,13 @@ def follow_product(
 
     Args:
         axes: of the graph's tensors.
-        wiring: of its values.
+        def_use: of its values.
         producer: the product.
         slots: the dimension.
         gates: values that multiply what is followed slot by slot, and which are given with each new neuron.
         others: the results of further products that write the dimension, in the same rows, empty where its slots are.
     """
-    along = follow_values(axes, wiring, producer, slots, gates, others)
+    along = follow_values(axes, def_use, producer, slots, gates, others)
     poolings = find_poolings(along)
     degrees = find_degrees(along, poolings)
     factors = find_row_factors(along, poolings)

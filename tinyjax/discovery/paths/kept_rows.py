@@ -58,7 +58,7 @@ def find_kept_rows(flow: Dataflow, poolings: Poolings, degrees: Degrees, factors
                 elif op.name != "sub" or degree != 1:
                     why = f"its rows meet a summary of themselves in `{op.name}`"
         else:
-            why = earlier[0] if is_pooling(flow.wiring, op) else f"its rows are mixed by `{op.name}`"
+            why = earlier[0] if is_pooling(flow.def_use, op) else f"its rows are mixed by `{op.name}`"
         if op in factors.twofold:
             why = why or f"its rows are weighted in two ways before `{op.name}`"
         mixing.update(dict.fromkeys(outs, why))

@@ -12,7 +12,7 @@ _SCALINGS = ("div", "mul")
 
 def name_mixing(model: Dimensions, dimension: Atom) -> str:
     """The pattern of the reductions over a dimension, or "" for none that has a name."""
-    found = [_name(model.wiring, op) for op in _reductions(model, dimension)]
+    found = [_name(model.def_use, op) for op in _reductions(model, dimension)]
     return next((name for name in ("a softmax", "a layer norm", "a norm", "a mean") if name in found), "")
 
 
@@ -21,10 +21,10 @@ def is_norm(model: Dimensions, dimension: Atom) -> bool:
     return name_mixing(model, dimension) in ("a layer norm", "a norm")
 
 
-def is_taken_off(wiring: DefUse, op: Op) -> bool:
+def is_taken_off(def_use: DefUse, op: Op) -> bool:
     """Whether a reduction divided by a number, a mean, is subtracted from what it was taken of."""
-    start = wiring.origin(op.ins[0])
-    return any(user.name == "sub" and wiring.origin(user.ins[0]) is start for user, _ in _readers(wiring, op.outs[0]))
+    start = def_use.origin(op.ins[0])
+    return any(user.name == "sub" and def_use.origin(user.ins[0]) is start for user, _ in _readers(def_use, op.outs[0]))
 
 
 def _reductions(model: Dimensions, dimension: Atom) -> list[Op]:
@@ -37,33 +37,33 @@ def _reductions(model: Dimensions, dimension: Atom) -> list[Op]:
     ]
 
 
-def _name(wiring: DefUse, op: Op) -> str:
-    maker = wiring.made_by.get(wiring.origin(op.ins[0]))
-    readers = _readers(wiring, op.outs[0])
+def _name(def_use: DefUse, op: Op) -> str:
+    maker = def_use.made_by.get(def_use.origin(op.ins[0]))
+    readers = _readers(def_use, op.outs[0])
     if op.name != "reduce_sum":
         return ""
     if maker is not None and maker.name == "exp" and any(user.name in ("div", "log") for user, _ in readers):
         return "a softmax"
-    if is_taken_off(wiring, op):
+    if is_taken_off(def_use, op):
         return "a layer norm"
-    if maker is not None and maker.name in _SQUARES and _squares(wiring, maker):
+    if maker is not None and maker.name in _SQUARES and _squares(def_use, maker):
         return "a norm"
     return "a mean" if any(scaled for _, scaled in readers) else ""
 
 
-def _squares(wiring: DefUse, op: Op) -> bool:
+def _squares(def_use: DefUse, op: Op) -> bool:
     if op.name == "integer_pow":
         return op.params["y"] == 2
-    return op.name == "square" or wiring.origin(op.ins[0]) is wiring.origin(op.ins[1])
+    return op.name == "square" or def_use.origin(op.ins[0]) is def_use.origin(op.ins[1])
 
 
-def _readers(wiring: DefUse, value: Value) -> list[tuple[Op, bool]]:
+def _readers(def_use: DefUse, value: Value) -> list[tuple[Op, bool]]:
     """What reads a value behind views, broadcasts and factors that are numbers, and whether there was such a factor."""
     found, queue = [], [(value, False)]
     while queue:
         v, scaled = queue.pop()
-        for user in wiring.used_by.get(v, []):
-            number = user.name in _SCALINGS and any(wiring.scalar(other) is not None for other in user.ins)
+        for user in def_use.used_by.get(v, []):
+            number = user.name in _SCALINGS and any(def_use.scalar(other) is not None for other in user.ins)
             if is_layout(user) or number:
                 queue += [(out, scaled or number) for out in user.outs]
             else:

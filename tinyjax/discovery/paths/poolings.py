@@ -35,26 +35,26 @@ def find_poolings(flow: Dataflow) -> Poolings:
     counts: set[Op] = set()
     for op, inside, outs in flow.steps:
         pools = min((before[v] for v in inside), key=len)
-        if _divides_by_count(flow.wiring, op, before.get(op.ins[0], ())):
+        if _divides_by_count(flow.def_use, op, before.get(op.ins[0], ())):
             counts.add(op)
             pools = (*pools[:-1], dataclasses.replace(pools[-1], name=WINDOW_MEAN))
-        before.update(dict.fromkeys(outs, (*pools, op) if is_pooling(flow.wiring, op) else pools))
+        before.update(dict.fromkeys(outs, (*pools, op) if is_pooling(flow.def_use, op) else pools))
     return Poolings(before, frozenset(counts))
 
 
-def is_pooling(wiring: DefUse, op: Op) -> bool:
+def is_pooling(def_use: DefUse, op: Op) -> bool:
     """Whether an operation summarises rows, or sets zeros beside them."""
     if op.name == "pad":
         inner = any(inner for _, _, inner in op.params["padding_config"])
-        return not inner and wiring.scalar(op.ins[1]) == 0
+        return not inner and def_use.scalar(op.ins[1]) == 0
     return op.name in REDUCTIONS or op.name.startswith("reduce_window")
 
 
-def _divides_by_count(wiring: DefUse, op: Op, pools: tuple[Op, ...]) -> bool:
+def _divides_by_count(def_use: DefUse, op: Op, pools: tuple[Op, ...]) -> bool:
     """Whether a sum over windows, the last of some poolings, is divided by what the same sum makes of ones."""
     if op.name != "div" or not pools:
         return False
-    maker = wiring.made_by.get(wiring.broadcast(op.ins[1]))
+    maker = def_use.made_by.get(def_use.broadcast(op.ins[1]))
     if maker is None or maker.name != "reduce_window_sum" or pools[-1].name != maker.name:
         return False
-    return maker.params == pools[-1].params and wiring.scalar(maker.ins[0]) == 1
+    return maker.params == pools[-1].params and def_use.scalar(maker.ins[0]) == 1

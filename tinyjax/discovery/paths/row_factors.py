@@ -107,7 +107,7 @@ def _factor(flow: Dataflow, op: Op, operand: int, scales: dict[Op, list[tuple[Op
             op, operand = found
             scales.setdefault(reader, []).append((op, op.ins[1 - operand]))
         else:
-            maker = flow.wiring.made_by.get(value)
+            maker = flow.def_use.made_by.get(value)
             if maker is None or not is_layout(maker):
                 return None
             op, operand = maker, 0

@@ -25,20 +25,20 @@ _KEPT = frozenset(
 )
 
 
-def slope_at_empty(wiring: DefUse, flow: Flow, start: Value, end: Value) -> float | None:
+def slope_at_empty(def_use: DefUse, flow: Flow, start: Value, end: Value) -> float | None:
     """The mean slope of a slot's value at 0 in what its producer makes; None where it depends on more than numbers.
 
     Row weights and gates count as 1 (they are summed with the rows), so do the scale of a newborn and a batch
     normalisation (the identity at birth); a sum over pixels counts as many times as it has terms.
 
     Args:
-        wiring: of the graph.
+        def_use: of the graph.
         flow: from the producer on.
         start: what the producer makes.
         end: what the consumers read.
     """
     step = step_of(start.dtype)
-    ends = [_carried(wiring, flow, start, end, z) for z in (step, -step)]
+    ends = [_carried(def_use, flow, start, end, z) for z in (step, -step)]
     return mean_slope(*ends, step=step)
 
 
@@ -55,7 +55,7 @@ def mean_slope(above: Any, below: Any, *, step: float) -> float | None:
     return slope if math.isfinite(slope) else None
 
 
-def _carried(wiring: DefUse, flow: Flow, start: Value, end: Value, z: float) -> Any:
+def _carried(def_use: DefUse, flow: Flow, start: Value, end: Value, z: float) -> Any:
     """What arrives where the producer makes z, or None."""
     known: dict[Value, Any] = {start: np.asarray(z, start.dtype)}
     queue = [end]
@@ -64,21 +64,21 @@ def _carried(wiring: DefUse, flow: Flow, start: Value, end: Value, z: float) -> 
         if value in known:
             queue.pop()
             continue
-        op = wiring.made_by.get(value)
+        op = def_use.made_by.get(value)
         if op is None or value not in flow.values or len(op.outs) != 1:
             return None
         inside = _operands(flow, op)
         if missing := [v for v in inside if v not in known]:
             queue += missing
             continue
-        found = _result(wiring, flow, op, inside, known)
+        found = _result(def_use, flow, op, inside, known)
         if found is None:
             return None
         known[value] = np.asarray(found, value.dtype)
     return known[end]
 
 
-def carried_near(wiring: DefUse, flow: Flow, start: Value, ops: Sequence[Op], side: int) -> dict[Value, Any]:
+def carried_near(def_use: DefUse, flow: Flow, start: Value, ops: Sequence[Op], side: int) -> dict[Value, Any]:
     """What a slot holds along operations in order, where the producer makes a little more or less than 0.
 
     What has been mixed over rows may have either sign: it counts as what went in.
@@ -86,7 +86,7 @@ def carried_near(wiring: DefUse, flow: Flow, start: Value, ops: Sequence[Op], si
     known: dict[Value, Any] = {start: np.asarray(side * step_of(start.dtype), start.dtype)}
     for op in ops:
         inside = [v for v in _operands(flow, op) if v in known]
-        found = _result(wiring, flow, op, inside, known) if len(inside) == len(_operands(flow, op)) else None
+        found = _result(def_use, flow, op, inside, known) if len(inside) == len(_operands(flow, op)) else None
         known[op.outs[0]] = np.asarray(known[inside[0]] if found is None else found, op.outs[0].dtype)
     return known
 
@@ -97,7 +97,7 @@ def _operands(flow: Flow, op: Op) -> list[Value]:
     return [min(inside, key=lambda v: len(flow.poolings.before[v]))] if op in flow.rows.modulated else inside
 
 
-def _result(wiring: DefUse, flow: Flow, op: Op, inside: list[Value], known: dict[Value, Any]) -> Any:
+def _result(def_use: DefUse, flow: Flow, op: Op, inside: list[Value], known: dict[Value, Any]) -> Any:
     """The number that an operation makes of numbers, or None."""
     first = known[inside[0]]
     if op in flow.rows.modulated:  # centred and normalised: the identity on a newborn
@@ -110,18 +110,18 @@ def _result(wiring: DefUse, flow: Flow, op: Op, inside: list[Value], known: dict
         return first * math.prod(op.params["window_dimensions"])
     if op in flow.poolings.counts:
         return first / math.prod(flow.poolings.before[inside[0]][-1].params["window_dimensions"])
-    if op.name == "select_n" and op.ins[0] not in flow.values and number_of(wiring, op.ins[0]) is None:
+    if op.name == "select_n" and op.ins[0] not in flow.values and number_of(def_use, op.ins[0]) is None:
         which = flow.along.selected(op)
         return None if which is None else known[op.ins[1 + which]]
     if op.name not in ELEMENTWISE or op.eqn is None:
         return None
-    operands = [known[v] if v in flow.values else _outside(wiring, flow, op, v) for v in op.ins]
+    operands = [known[v] if v in flow.values else _outside(def_use, flow, op, v) for v in op.ins]
     return None if any(x is None for x in operands) else at_numbers(op, operands)
 
 
-def _outside(wiring: DefUse, flow: Flow, op: Op, value: Value) -> Any:
+def _outside(def_use: DefUse, flow: Flow, op: Op, value: Value) -> Any:
     """What an operand from outside counts as for a newborn, or None."""
-    number = number_of(wiring, value)
+    number = number_of(def_use, value)
     if number is not None:
         return number
     if op.name in SUMS:
@@ -130,20 +130,20 @@ def _outside(wiring: DefUse, flow: Flow, op: Op, value: Value) -> Any:
         return None
     if value in flow.along.gates or flow.factors.is_one(op, value, flow.along):
         return 1
-    return _newborn(wiring, flow, value)
+    return _newborn(def_use, flow, value)
 
 
-def _newborn(wiring: DefUse, flow: Flow, value: Value) -> Any:
+def _newborn(def_use: DefUse, flow: Flow, value: Value) -> Any:
     """A factor made of parameters alone, where vectors along the slots are 1; None for any other."""
-    number = number_of(wiring, value)
+    number = number_of(def_use, value)
     if number is not None:
         return number
-    if value in wiring.views:
+    if value in def_use.views:
         return 1.0 if flow.along.is_vector(value) else None
-    op = wiring.made_by.get(value)
+    op = def_use.made_by.get(value)
     if op is None or not (is_layout(op) or op.name in ELEMENTWISE):
         return None
-    operands = [_newborn(wiring, flow, v) for v in op.ins]
+    operands = [_newborn(def_use, flow, v) for v in op.ins]
     if any(x is None for x in operands):
         return None
     return operands[0] if is_layout(op) else at_numbers(op, operands)

@@ -61,7 +61,7 @@ class Tangent(NamedTuple):
 
 def find_tangent(
     axes: Axes,
-    wiring: DefUse,
+    def_use: DefUse,
     flow: Flow,
     producer: Product,
     consumers: Sequence[Product],
@@ -72,7 +72,7 @@ def find_tangent(
 
     Args:
         axes: of its tensors.
-        wiring: of its values.
+        def_use: of its values.
         flow: from the producer along the dimension.
         producer: the product that writes the dimension.
         consumers: those that read it, rows aligned.
@@ -89,7 +89,7 @@ def find_tangent(
     consumers = tuple(heads_first(use, heads, dimension, producer.leaf) for use in consumers)
     first = consumers[0]
     kept = {dimension, *heads}
-    found = slot_path(axes, wiring, flow, producer, dimension, first.input_value, first.inputs, kept, kernels)
+    found = slot_path(axes, def_use, flow, producer, dimension, first.input_value, first.inputs, kept, kernels)
     if heads and not any(op.name == "dot_general" for op in found.ops):
         # A view into heads whose sizes the model may have written out (pixels of a shuffle): not one to make room in.
         raise CannotGrow(f"`{producer.leaf}` produces it together with another axis, not mixed by attention")
@@ -98,7 +98,7 @@ def find_tangent(
 
 def slot_path(
     axes: Axes,
-    wiring: DefUse,
+    def_use: DefUse,
     flow: Flow,
     producer: Product,
     dimension: Atom,
@@ -112,20 +112,20 @@ def slot_path(
     Raises:
         CannotGrow: with the reason.
     """
-    ops = between(wiring, flow, {producer.op}, [read])
-    taps, scalars, factors = follow(axes, wiring, flow, producer, dimension, ops, kept, kernels)
+    ops = between(def_use, flow, {producer.op}, [read])
+    taps, scalars, factors = follow(axes, def_use, flow, producer, dimension, ops, kept, kernels)
     slot = next(
         f for f, a in enumerate(producer.output_atoms) if f in producer.outputs.cols and a and root(a) is dimension
     )
     empty = {v: flow.empty.at[v] for op in ops for v in op.ins if v in flow.values}
     start = producer.op.outs[0]
-    near = (carried_near(wiring, flow, start, ops, 1), carried_near(wiring, flow, start, ops, -1))
+    near = (carried_near(def_use, flow, start, ops, 1), carried_near(def_use, flow, start, ops, -1))
     return Tangent(tuple(ops), taps, factors, scalars, empty, producer, slot, read, layout, near)
 
 
 def follow(
     axes: Axes,
-    wiring: DefUse,
+    def_use: DefUse,
     flow: Flow,
     producer: Product,
     dimension: Atom,
@@ -148,31 +148,31 @@ def follow(
         for i, value in enumerate(op.ins):
             if value in flow.values:
                 continue
-            scalar = wiring.scalar(value)
+            scalar = def_use.scalar(value)
             if scalar is not None or (op.name in ("mul", "div") and flow.along.is_vector(value)):
                 scalars[value] = 1 if scalar is None else scalar  # the scale of a newborn is 1
                 continue
             if op.name == "mul" and (scaled := flow.along.factored(value)) is not None:
                 inner, operand = scaled
-                if not inner.inside and same_along(axes, wiring, inner.ins[operand], dimension):
+                if not inner.inside and same_along(axes, def_use, inner.ins[operand], dimension):
                     taps[inner.path], factors[value] = operand, inner.path
                     continue
-            if op.path in taps or op.inside or op in kernels or not same_along(axes, wiring, value, dimension):
+            if op.path in taps or op.inside or op in kernels or not same_along(axes, def_use, value, dimension):
                 why = f"its rows are mixed by `{op.name}` in a way that cannot be followed"
                 raise CannotGrow(flow.rows.mixing[op.outs[0]] or why)
             taps[op.path] = i
     return taps, scalars, factors
 
 
-def between(wiring: DefUse, flow: Flow, producers: Set[Op], read: Iterable[Value]) -> list[Op]:
+def between(def_use: DefUse, flow: Flow, producers: Set[Op], read: Iterable[Value]) -> list[Op]:
     """The operations from some products to some values, in order."""
     found, queue = set[Op](), [*read]
     while queue:
-        op = wiring.made_by.get(queue.pop())
+        op = def_use.made_by.get(queue.pop())
         if op is not None and op not in producers and op not in found:
             found.add(op)
             queue += [v for v in op.ins if v in flow.values]
-    return sorted(found, key=wiring.order.__getitem__)
+    return sorted(found, key=def_use.order.__getitem__)
 
 
 def _require_slotwise(axes: Axes, flow: Flow, producer: Op, op: Op, kept: set[Atom], dimension: Atom) -> None:
@@ -204,10 +204,10 @@ def _worked_along(op: Op, operand: int) -> tuple[int, ...]:
     return (along,) if isinstance(along, int) else tuple(along)
 
 
-def same_along(axes: Axes, wiring: DefUse, value: Value, dimension: Atom) -> bool:
+def same_along(axes: Axes, def_use: DefUse, value: Value, dimension: Atom) -> bool:
     """Whether a tensor holds the same along a dimension, which it is broadcast over or does not have."""
     while any(a is dimension for axis in axes[value] for a in roots(axis)):
-        op = wiring.made_by.get(value)
+        op = def_use.made_by.get(value)
         if op is None or not is_layout(op):
             return False
         value = op.ins[0]

@@ -37,7 +37,7 @@ def find_vectors(flow: Dataflow, factors: RowFactors) -> Vectors:
     refusal = ""
     for op in flow.ops:
         if op.name in NORMS:
-            found = flow.wiring.vector(op.ins[1])
+            found = flow.def_use.vector(op.ins[1])
             if found is None or op.ins[0] not in flow.values:  # without a leaf it would count newborns
                 refusal = f"`counted` of a norm (`{op.name}`) is no parameter: it would count neurons still to be born"
             else:
@@ -48,9 +48,9 @@ def find_vectors(flow: Dataflow, factors: RowFactors) -> Vectors:
             continue
         vectors = [v for v in op.ins if v not in flow.values and flow.has_slots(v)]
         for value in vectors:
-            for leaf, through in leaves_behind(flow.wiring, flow.axes, value).items():
+            for leaf, through in leaves_behind(flow.def_use, flow.axes, value).items():
                 entries.setdefault(leaf, []).append(Entry(op, through))
         for _, value in factors.scales.get(op, ()):
-            leaf, through = next(iter(leaves_behind(flow.wiring, flow.axes, value).items()))
+            leaf, through = next(iter(leaves_behind(flow.def_use, flow.axes, value).items()))
             entries.setdefault(leaf, []).append(Entry(op, through))
     return Vectors(entries, counted, refusal)

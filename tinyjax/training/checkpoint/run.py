@@ -13,7 +13,7 @@ Widths are in the parameters, capacities in the sites; schedules keep no state b
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -26,16 +26,10 @@ from tinyjax.core.slots import width
 from tinyjax.core.whole_numbers import whole_number
 from tinyjax.growth.info import GrowthInfo
 from tinyjax.surgery import Trainable, all_params
+from tinyjax.surgery.trainable import Initialiser
 from tinyjax.training.checkpoint import storage
 from tinyjax.training.checkpoint.model import check_same_model, check_same_optimizer, site_from_json, site_to_json
 from tinyjax.training.checkpoint.packing import Leaf, decode, encode, inline, outline, pack, unpack
-
-
-class Initialiser(Protocol):
-    """What `restore` needs of an optimizer: an Optax `GradientTransformation` has it."""
-
-    @property
-    def init(self) -> Callable[[Any], Any]: ...  # noqa: D102
 
 
 class Run(Protocol):
