@@ -101,7 +101,7 @@ REFUSED = {
     "width_rms_norm": (lambda h: nn.tanh(WidthRMSNorm()(h)), "between convolutions or poolings"),
     "batch_norm_no_scale": (lambda h: nn.BatchNorm(use_running_average=True, use_scale=False)(h), "one scale"),
     "batch_norm_no_shift": (lambda h: nn.BatchNorm(use_running_average=True, use_bias=False)(h), "one scale"),
-    "batch_statistics_alone": (lambda h: (h - h.mean((0, 1, 2))) / (h.std((0, 1, 2)) + 1e-5), "one scale"),
+    "batch_statistics_alone": (lambda h: (h - h.mean((0, 1, 2))) / (h.std((0, 1, 2)) + 1e-5), "not finite"),
     "batch_norm_twice": (lambda h: nn.BatchNorm(True)(nn.tanh(nn.BatchNorm(True)(h))), ""),
     "squeeze_excite": (squeeze_excite, "read different tensors"),
     "dropout": (lambda h: h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape), "random numbers"),
