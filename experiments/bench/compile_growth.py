@@ -114,7 +114,7 @@ def costs(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     return seconds | {
         "seconds": round(marks[-1] - marks[0], 3),
         "lines": lines,
-        "kernels": compiled.as_text().count(" fusion("),
+        "kernels": (compiled.as_text() or "").count(" fusion("),
     }
 
 

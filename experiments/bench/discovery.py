@@ -82,7 +82,7 @@ class MLP(nn.Module):
 
 def abstract(net: nn.Module, x: jax.ShapeDtypeStruct) -> Model:
     params = jax.eval_shape(net.init, jax.random.key(0), x)
-    return lambda params, x: jnp.mean(net.apply(params, x) ** 2), params, x
+    return lambda params, x: jnp.mean(jnp.square(jnp.asarray(net.apply(params, x)))), params, x
 
 
 def models() -> dict[str, Callable[[], Model]]:
