@@ -62,7 +62,7 @@ MUTANTS = [
            "if statistics.is_flat and False:", "test_factors_that_are_parameters_are_searched_with_both_signs"),
     # Slots
     Mutant("every neuron goes one slot further", "dtype=jnp.int32) - 1\n    written =", "dtype=jnp.int32) - 2\n    written =",
-           "test_write_never_overwrites_and_stops_at_the_last_free_slot"),
+           "test_neuron_k_goes_into_the_kth_free_slot"),
     Mutant("used slots are overwritten", "written = free & (rank < num_neurons)", "written = (rank < num_neurons)",
            "test_write_never_overwrites_and_stops_at_the_last_free_slot"),
     Mutant("the limit is one too many", "(rank < (num_neurons if limit is None else limit))", "(rank <= (num_neurons if limit is None else limit))",

@@ -199,6 +199,7 @@ def test_policies_hold_the_need_and_stop_at_the_final_widths(policy):
         capacities = policy(needed, final)
         assert all(needed[s] <= capacities[s] <= final[s] for s in final)
         seen.add(tuple(capacities.items()))
+    assert policy({"a": 70, "b": 5}, final)["a"] >= 70, "what is needed is given, beyond the final width too"
     # lock-step: two sites that grow side by side share their bumps
     assert len(seen) <= {"exact": 20, "full": 1}.get(policy.__name__, 9)
 

@@ -142,6 +142,16 @@ def test_write_never_overwrites_and_stops_at_the_last_free_slot():
     jax.tree.map(np.testing.assert_array_equal, full, new)
 
 
+def test_neuron_k_goes_into_the_kth_free_slot():
+    example = mlp()
+    site = example.sites["fc1"]
+    neurons = fill(example, site, 2)._replace(delta=None)
+    new, written = write(thin(example.params, site, 3), site, neurons, amplitude=1.0)
+    assert written.tolist() == [False] * 3 + [True] * 2 + [False]
+    np.testing.assert_allclose(new["fc1"]["kernel"][:, 3:5], neurons.alpha[:-1], rtol=1e-6)
+    np.testing.assert_allclose(new["fc2"]["kernel"][3:5], neurons.omega, rtol=1e-6)
+
+
 @pytest.mark.parametrize("amplitude, limit, count", [(1.0, 2, 2), (1.0, 0, 0), (0.0, None, 0), (1.0, None, 3)])
 def test_limit_zero_neurons_and_zero_amplitude_write_nothing(amplitude, limit, count):
     example = mlp()
